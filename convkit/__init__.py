@@ -1,0 +1,17 @@
+"""Convolution kernels for PyTorch: drop-in operators with derivatives of any order, and a swap into existing models.
+
+    import convkit, convkit.functional as CF, convkit.nn as cnn
+    y = CF.conv2d(x, w, b, stride=2, padding=1, activation="relu")
+    print(convkit.swap(model))    # in place; convkit.unswap(model) takes the kernels out again
+"""
+
+__version__ = "0.1.0"
+
+from convkit import _load
+
+_C = _load.load()
+
+from convkit import functional, nn  # noqa: E402  (the operators must be loaded first)
+from convkit.swap import swap, unswap  # noqa: E402
+
+__all__ = ["__version__", "functional", "nn", "swap", "unswap"]

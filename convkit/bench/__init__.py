@@ -1,0 +1,1 @@
+"""Problems, and what is measured on them. Needs nothing but torch."""

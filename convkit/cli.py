@@ -1,0 +1,114 @@
+"""The ``convkit`` command. What a user can put right is one line on stderr and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from convkit.lab import LabError, require
+
+try:
+    import typer
+except ModuleNotFoundError:  # main() says what to install
+    typer = None
+
+__all__ = ["app", "main"]
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="One epoch on a few hundred pictures.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits5k, mnist (from CONVKIT_DATA), or a folder with the four MNIST files. "
+            "Default: mnist if CONVKIT_DATA has it, else digits5k."
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the data, instead of each recipe's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws initial weights and the order of the pictures.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Train three networks on real digits with convkit's kernels, and time them against PyTorch's."""
+    from convkit.lab.demo import run_demo
+
+    run_demo(quick=quick, choice=data, out=out, epochs=epochs, seed=seed, threads=threads)
+
+
+def info() -> None:
+    """Print versions, instruction sets and how convkit was built, for a bug report."""
+    from convkit import info as facts
+
+    print(facts.text())
+
+
+def models() -> None:
+    """List the networks."""
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from convkit.lab.models import MODELS, count_parameters
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Name")
+    table.add_column("Parameters", justify="right")
+    table.add_column("Input")
+    table.add_column("Claimed, source", overflow="fold")
+    for name, entry in sorted(MODELS.items()):
+        with torch.device("meta"):  # counts without allocating
+            parameters = count_parameters(entry.builder(backend="torch"))
+        shape = "×".join(map(str, entry.input_shape))
+        table.add_row(name, f"{parameters:,}", shape, f"{entry.claimed}; {entry.source}")
+    Console().print(table)
+
+
+def app() -> typer.Typer:
+    """The command with its sub-commands."""
+    command = typer.Typer(
+        help="Convolution kernels for PyTorch, and a lab of small vision networks on them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for function in (demo, info, models):
+        command.command()(function)
+    return command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command and exits: 0, 1 for a failed run, 2 for wrong options or data, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± or × shows ? instead of failing
+    try:
+        require("typer", "rich")
+        status = typer.main.get_command(app())(args=arguments, prog_name="convkit", standalone_mode=False)
+    except LabError as error:
+        _exit(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except OSError as error:  # a full disk, no permission
+        _exit(str(error), 1)
+    except Exception as error:
+        # typer's usage errors; their base class moved from click into typer, the method stayed
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()
+        if not message:  # no sub-command: the help has been printed
+            sys.exit(2)
+        _exit(message, 2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit(message: str, status: int) -> None:
+    line = " ".join(message.split("\n"))
+    print(f"convkit: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The lab: networks, data and training on top of convkit's kernels.
+
+``models``   registry of networks, each a plain builder function
+``data``     data sets as uint8 tensors, split and shuffled reproducibly
+``recipes``  frozen dataclasses with every hyper-parameter of a training run, its source and the number to expect
+``train``    the training loop and the run folder it writes
+``plots``    the pictures
+``demo``     what ``convkit demo`` does
+
+It needs the packages of the ``lab`` extra; the kernels in :mod:`convkit` never import it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+__all__ = ["LabError", "require"]
+
+
+class LabError(Exception):
+    """Something that the person at the keyboard can put right; the ``convkit`` command prints it as one line.
+
+    ``exit_code`` is the status with which the command ends: 2 for wrong options, data or installations, 1 for a
+    training run that failed, 130 for one that was interrupted.
+    """
+
+    exit_code = 2
+
+
+def require(*packages: str) -> None:
+    """Raises :class:`LabError` naming those of ``packages`` that are not installed, and what to type."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        names = ", ".join(missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise LabError(
+            f"{names} {verb} not installed: type  pip install --no-build-isolation 'convkit[lab]'  "
+            "(or  pip install --no-build-isolation -e '.[lab]'  in a checkout)"
+        )

@@ -1,0 +1,188 @@
+"""``convkit demo``: three small networks trained on real digits with convkit's kernels, measured against PyTorch's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from convkit.lab import LabError, data, models, recipes, require, train
+from convkit.lab.recipes import Recipe
+
+__all__ = ["DEMO_MODELS", "run_demo", "step_times"]
+
+DEMO_MODELS = ("fc64", "fc256_fc256", "simplenet")
+QUICK_IMAGES = {"train": 400, "val": 100, "test": 200}
+
+
+def run_demo(
+    *,
+    quick: bool = False,
+    choice: str | None = None,
+    out: str | os.PathLike[str] = "runs",
+    epochs: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    console: Any = None,
+) -> list[train.Run]:
+    """Trains and tests the three networks, times a training step of each, and prints a table.
+
+    ``quick``: one epoch on a few hundred pictures, to see that everything works. ``choice``: the data set, see
+    :func:`convkit.lab.data.load`. ``epochs``: instead of each recipe's own. ``threads``: instead of torch's own number.
+    Returns the runs; their result.json holds all that the table shows.
+    """
+    require("rich", "matplotlib")
+    from rich.console import Console
+
+    console = console or Console()
+    _check(epochs=epochs, threads=threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    digits, message = data.load(choice)
+    _say(console, message)
+    if quick:
+        digits = digits.take(**QUICK_IMAGES)
+        _say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
+    env = train.environment("convkit", torch.device("cpu"))
+    _say(
+        console,
+        f"Machine: {env['device']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}, torch {env['torch']}, "
+        f"convkit {env['convkit']} with its {env['kernels']} kernels.",
+    )
+
+    runs = []
+    for name in DEMO_MODELS:
+        recipe = _recipe(name, digits.name, seed, 1 if quick and epochs is None else epochs)
+        torch.manual_seed(recipe.seed)
+        model = models.build(name, backend=recipe.backend)
+        run = train.fit(model, digits, train.classify, recipe, out=out, console=console)
+        train.evaluate_test(run, model, digits, train.classify)
+        runs.append(run)
+
+    _say(console, "Timing a training step of each network …")
+    for run in runs:
+        _record_speed(run, digits, pairs=5 if quick else 60)
+    expected = not quick and epochs is None
+    _print_results(console, runs, env["threads"], expected)
+    return runs
+
+
+def _check(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise LabError(f"{name} must be at least 1, got {value}")
+
+
+def _say(console: Any, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _recipe(model: str, data_set: str, seed: int, epochs: int | None) -> Recipe:
+    found = next(r for r in recipes.RECIPES.values() if (r.model, r.data) == (model, data_set))
+    changes = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
+    return dataclasses.replace(found, **changes)
+
+
+def step_times(
+    networks: Sequence[nn.Module],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+    *,
+    repeats: int,
+    warm_up: int = 5,
+) -> list[list[float]]:
+    """Seconds of each of ``repeats`` training steps (forward, loss, backward, optimizer) on one batch, per network.
+
+    The networks take turns, A B A B …, so that whatever else the machine does meanwhile falls on all of them alike.
+    """
+    optimizers = [train.make_optimizer(network, recipe) for network in networks]
+    times: list[list[float]] = [[] for _ in networks]
+    for repeat in range(warm_up + repeats):
+        for network, optimizer, mine in zip(networks, optimizers, times, strict=True):
+            started = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            train.classify(network, images, labels).loss.backward()
+            optimizer.step()
+            if repeat >= warm_up:
+                mine.append(time.perf_counter() - started)
+    return times
+
+
+def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
+    """Adds ``training_step`` to the run's result.json: median and quartiles in milliseconds, images/s by the median."""
+    recipe = run.recipe
+    networks = {}
+    for backend in models.BACKENDS:
+        torch.manual_seed(recipe.seed)  # the same weights in both
+        networks[backend] = models.build(recipe.model, backend=backend)
+    if not any(type(module).__module__.startswith("convkit.nn") for module in networks["convkit"].modules()):
+        del networks["convkit"]  # nothing in it that convkit has a kernel for: both would be the same code
+    images, labels = next(digits.train.batches(recipe.batch_size))
+    times = step_times(list(networks.values()), images, labels, recipe, repeats=pairs)
+    speed: dict[str, Any] = {"batch_size": len(labels), "repeats": pairs, "threads": torch.get_num_threads()}
+    for backend, seconds in zip(networks, times, strict=True):
+        low, median, high = statistics.quantiles(seconds, n=4)
+        speed[backend] = {
+            "images_per_second": round(len(labels) / median, 1),
+            "median_ms": round(1e3 * median, 4),
+            "quartiles_ms": [round(1e3 * low, 4), round(1e3 * high, 4)],
+        }
+    run.save_result(training_step=speed)
+
+
+def _print_results(console: Any, runs: list[train.Run], threads: int, expected: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # at most 80 characters wide
+    table.add_column("Network")
+    headings = ["Parameters", "Test\nerror %", "Training\nseconds", "convkit\nimages/s", "PyTorch\nimages/s"]
+    for heading in headings[:2] + ["Expected\nerror %"] * expected + headings[2:]:
+        table.add_column(heading, justify="right")
+    for run in runs:
+        speed = run.result["training_step"]
+        error = run.result["test_error_percent"]
+        digits = 1 if run.result["test_images"] < 5000 else 2
+        spread = math.sqrt(error * (100 - error) / run.result["test_images"])
+        cells = [
+            models.entry(run.recipe.model).title,
+            f"{run.parameters:,}",
+            f"{error:.{digits}f} ± {spread:.{digits}f}",
+        ]
+        if expected:
+            cells.append(f"{run.recipe.claimed_error:g}")
+        cells.append(f"{run.seconds:.1f}")
+        cells += [f"{speed[b]['images_per_second']:,.0f}" if b in speed else "–" for b in ("convkit", "torch")]
+        table.add_row(*cells)
+    console.print(table)
+    test_images = runs[0].result["test_images"]
+    sizes = ", ".join(str(run.recipe.batch_size) for run in runs)
+    notes = [
+        f"Test error: of the epoch that was best on the validation pictures, ± the standard error that {test_images:,} "
+        "test pictures leave.",
+        f"images/s: a whole training step, batches of {sizes}, {threads} thread{'s' if threads > 1 else ''}; "
+        "the median of steps that convkit and PyTorch took in turns.",
+    ]
+    if any("convkit" not in run.result["training_step"] for run in runs):
+        notes.append("–: no convolution in the network, so both would run the same code.")
+    measured = [
+        run.result["training_step"][b] for run in runs for b in models.BACKENDS if b in run.result["training_step"]
+    ]
+    if any(speed["quartiles_ms"][1] > 1.5 * speed["quartiles_ms"][0] for speed in measured):
+        notes.append(
+            "The times of a step varied by half and more: the machine was busy with something else, and images/s means "
+            "little; result.json has the quartiles."
+        )
+    for note in notes:
+        console.print(note, markup=False, highlight=False, style="dim")
+    _say(console, "Files of each run (checkpoints, metrics.csv, curves.png, result.json):")
+    for run in runs:
+        _say(console, f"  {run.folder}")

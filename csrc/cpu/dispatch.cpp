@@ -1,0 +1,81 @@
+// Picks the instruction set once, at the first call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace convkit::cpu {
+
+#define CONVKIT_DECLARE(isa) namespace isa { extern const Kernels table; }
+#if defined(CONVKIT_HAVE_AVX512)
+CONVKIT_DECLARE(avx512)
+#endif
+#if defined(CONVKIT_HAVE_AVX2)
+CONVKIT_DECLARE(avx2)
+#endif
+#if defined(CONVKIT_HAVE_NEON)
+CONVKIT_DECLARE(neon)
+#endif
+CONVKIT_DECLARE(generic)
+
+namespace {
+
+struct Entry {
+  const char* name;
+  const Kernels* table;
+  bool (*supported)();
+};
+
+const Entry entries[] = {
+#if defined(CONVKIT_HAVE_AVX512)
+    {"avx512", &avx512::table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#if defined(CONVKIT_HAVE_AVX2)
+    // Every processor with AVX2 and FMA has F16C too.
+    {"avx2", &avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#if defined(CONVKIT_HAVE_NEON)
+    {"neon", &neon::table, [] { return true; }},
+#endif
+    {"generic", &generic::table, [] { return true; }},
+};
+
+std::string names(bool only_available) {
+  std::string out;
+  for (const Entry& e : entries)
+    if (!only_available || e.supported()) out += (out.empty() ? "" : " ") + std::string(e.name);
+  return out;
+}
+
+const Kernels& pick() {
+  const char* wanted = std::getenv("CONVKIT_ISA");
+  bool any = wanted == nullptr || *wanted == '\0';
+  for (const Entry& e : entries)
+    if ((any || e.name == std::string(wanted)) && e.supported()) return *e.table;
+  throw std::runtime_error("CONVKIT_ISA=" + std::string(wanted) + " is not available here; accepted on this machine: " +
+                           names(true) + " (compiled in: " + names(false) + "). Unset it to take the best.");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = pick();
+  return chosen;
+}
+
+const char* compiled_isas() {
+  static const std::string all = names(false);
+  return all.c_str();
+}
+
+const char* available_isas() {
+  static const std::string usable = names(true);
+  return usable.c_str();
+}
+
+}  // namespace convkit::cpu

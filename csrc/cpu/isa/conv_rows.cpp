@@ -1,0 +1,224 @@
+// Forward, input gradient and transposed convolution as one matrix product with gathered rows.
+//
+// A row is one output pixel; its operand is the list of source pixels under the filter's taps, given by pointers, so no
+// column matrix is ever written. A pointer that would fall into the padding goes to a row of zeros; a tap whose rows all
+// do is left out of the tile's list. For the input gradient of a strided convolution the output pixels are taken phase by
+// phase (same remainder of row and column), so that all rows of a tile meet the same taps and the others drop out.
+#include "../kernels.h"
+#include "rows_tile.h"
+#include "staging.h"
+
+namespace convkit::cpu::CONVKIT_ISA {
+
+namespace {
+
+// Walks output pixels in the order the tiles take them.
+struct Cursor {
+  int64_t height, width, step_h, step_w;
+  int64_t image, phase_h, phase_w, h, w;
+
+  void seek(int64_t pixel) {
+    image = pixel / (height * width);
+    pixel %= height * width;
+    for (phase_h = 0; phase_h < step_h; ++phase_h)
+      for (phase_w = 0; phase_w < step_w; ++phase_w) {
+        int64_t across = ceil_div(width - phase_w, step_w), count = ceil_div(height - phase_h, step_h) * across;
+        if (pixel < count) {
+          h = phase_h + pixel / across * step_h;
+          w = phase_w + pixel % across * step_w;
+          return;
+        }
+        pixel -= count;
+      }
+  }
+
+  void next() {
+    if ((w += step_w) < width) return;
+    w = phase_w;
+    if ((h += step_h) < height) return;
+    if (++phase_w == min_of(step_w, width)) {
+      phase_w = 0;
+      if (++phase_h == min_of(step_h, height)) phase_h = 0, ++image;
+    }
+    h = phase_h;
+    w = phase_w;
+  }
+};
+
+// Source coordinate of (output coordinate, tap), or -1 in the padding.
+CONVKIT_INLINE int64_t source(int64_t i, int64_t tap, int64_t stride, int64_t pad, int64_t dilation, int64_t size, bool input_grad) {
+  if (!input_grad) {
+    int64_t at = i * stride - pad + tap * dilation;
+    return at < 0 || at >= size ? -1 : at;
+  }
+  int64_t at = i + pad - tap * dilation;
+  return at < 0 || at % stride != 0 || at / stride >= size ? -1 : at / stride;
+}
+
+template <class S> struct Rows {
+  using T = compute_t<S>;
+  const ConvArgs& a;
+  const Pool& pool;
+  const ConvProblem& p = a.problem;
+  const RowsPlan& plan = a.plan.rows;
+  char* ws = static_cast<char*>(a.workspace);
+  T* panels = reinterpret_cast<T*>(ws + plan.panels.offset);
+  T* zeros = reinterpret_cast<T*>(ws + plan.zeros.offset);
+  T* staged_src = reinterpret_cast<T*>(ws + plan.src.offset);
+  T* staged_dst = reinterpret_cast<T*>(ws + plan.dst.offset);
+  int64_t width = int64_t(plan.vectors) * kLanes<T>;
+  int64_t panel_size = plan.taps * plan.depth * width;
+  int64_t src_channels_of_group = plan.src_c / p.groups;
+
+  Rows(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
+
+  // panels[group][column tile][tap][depth][width], then the bias padded to whole tiles.
+  T* bias() const { return zeros + plan.src_c; }
+
+  void pack() const {
+    const S* weight = static_cast<const S*>(a.weight);
+    const WeightStrides& st = a.weight_strides;
+    // The filters of a group are columns going forward and depth going back.
+    int64_t column_stride = plan.input_grad ? st.c : st.k, depth_stride = plan.input_grad ? st.k : st.c;
+    constexpr int64_t kDepthPiece = 32;
+    int64_t pieces = ceil_div(plan.depth, kDepthPiece), filters_of_group = p.k / p.groups;
+    parallel(pool, p.groups * plan.column_tiles * pieces, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t piece = i % pieces, tile = i / pieces % plan.column_tiles, group = i / pieces / plan.column_tiles;
+        int64_t first = tile * width, columns = min_of(width, plan.group_columns - first);
+        const S* from = weight + group * filters_of_group * st.k + first * column_stride;
+        T* panel = panels + (group * plan.column_tiles + tile) * panel_size;
+        pack_panel<S>(panel, plan.taps, piece * kDepthPiece, min_of(plan.depth, (piece + 1) * kDepthPiece), plan.depth, width,
+                      columns, column_stride, [&](int64_t tap, int64_t d) {
+                        if (plan.merge_taps) return from + tap * st.r + d / p.c * st.s + d % p.c * st.c;
+                        return from + tap / p.s * st.r + tap % p.s * st.s + d * depth_stride;
+                      });
+      }
+    });
+    fill_zero(zeros, plan.src_c);
+    if (a.bias != nullptr) {
+      const S* from = static_cast<const S*>(a.bias);
+      for (int64_t group = 0; group < p.groups; ++group)
+        for (int64_t j = 0; j < plan.column_tiles * width; ++j)
+          bias()[group * plan.column_tiles * width + j] = j < plan.group_columns ? get(from + group * plan.group_columns + j) : T(0);
+    }
+  }
+
+  // Pointers, taps and destinations of the tiles of one block.
+  template <class D> struct Table {
+    const T** rows;
+    int32_t* taps;
+    int64_t* tap_count;
+    D** dst;
+  };
+
+  template <class D> Table<D> table_of(int thread) const {
+    char* at = ws + plan.tables.offset + thread * plan.table_bytes;
+    int64_t tiles = plan.tiles_per_block;
+    Table<D> t;
+    t.rows = reinterpret_cast<const T**>(at);
+    t.dst = reinterpret_cast<D**>(at + tiles * plan.taps * plan.rows * 8);
+    t.tap_count = reinterpret_cast<int64_t*>(at + tiles * (plan.taps + 1) * plan.rows * 8);
+    t.taps = reinterpret_cast<int32_t*>(at + tiles * ((plan.taps + 1) * plan.rows + 1) * 8);
+    return t;
+  }
+
+  template <class D> void fill_table(const Table<D>& t, const T* src, D* dst, int64_t first_pixel, int64_t pixels) const {
+    Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, 0, 0, 0, 0, 0};
+    at.seek(first_pixel);
+    int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
+    int64_t columns = plan.merge_taps ? 1 : p.s, MR = plan.rows;
+    for (int64_t tile = 0; tile * MR < pixels; ++tile) {
+      const T** rows = t.rows + tile * plan.taps * MR;
+      int64_t valid = min_of(MR, pixels - tile * MR);
+      uint64_t used_inline[4] = {};  // which taps have a row outside the padding; enough for 256 taps
+      for (int64_t m = 0; m < valid; ++m, at.next()) {
+        t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
+        const T* image = src + at.image * image_size;
+        for (int64_t r = 0; r < p.r; ++r) {
+          int64_t y = plan.merge_taps ? at.h * p.stride_h + r * p.dilation_h
+                                      : source(at.h, r, p.stride_h, p.pad_top, p.dilation_h, plan.src_h, plan.input_grad);
+          for (int64_t s = 0; s < columns; ++s) {
+            int64_t tap = r * columns + s;
+            int64_t x = plan.merge_taps ? at.w * p.stride_w
+                                        : source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
+            bool padding = y < 0 || x < 0;
+            rows[tap * MR + m] = padding ? zeros : image + y * row_size + x * plan.src_c;
+            if (!padding) used_inline[tap >> 6 & 3] |= uint64_t(1) << (tap & 63);
+          }
+        }
+      }
+      // The last tile of a block may be short: its spare rows compute what row 0 does and store nothing.
+      for (int64_t tap = 0; valid < MR && tap < plan.taps; ++tap)
+        for (int64_t m = valid; m < MR; ++m) rows[tap * MR + m] = rows[tap * MR];
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < plan.taps; ++tap)
+        if (plan.taps > 256 || (used_inline[tap >> 6] >> (tap & 63) & 1)) {
+          if (count != tap)
+            for (int64_t m = 0; m < MR; ++m) rows[count * MR + m] = rows[tap * MR + m];
+          t.taps[tile * plan.taps + count++] = int32_t(tap);
+        }
+      t.tap_count[tile] = count;
+    }
+  }
+
+  template <class D> void compute(const T* src, D* dst, int64_t images) const {
+    int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
+    int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
+    RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
+    parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
+      Table<D> table = table_of<D>(thread);
+      int64_t in_table = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t block = i / columns, group = i % columns / plan.column_tiles, tile_column = i % plan.column_tiles;
+        int64_t first = block * block_pixels, count = min_of(block_pixels, pixels - first);
+        if (block != in_table) fill_table(table, src, dst, first, count);
+        in_table = block;
+        RowsTile<T, D> tile;
+        tile.depth = plan.depth;
+        tile.row_offset = plan.merge_taps ? 0 : group * src_channels_of_group;
+        tile.panel = panels + (group * plan.column_tiles + tile_column) * panel_size;
+        tile.dst_offset = group * plan.group_columns + tile_column * width;
+        tile.columns = int(min_of(width, plan.group_columns - tile_column * width));
+        tile.scale = nullptr;
+        tile.bias = a.bias == nullptr ? nullptr : bias() + (group * plan.column_tiles + tile_column) * width;
+        tile.relu = a.relu;
+        for (int64_t t = 0; t * plan.rows < count; ++t) {
+          tile.rows = table.rows + t * plan.taps * plan.rows;
+          tile.taps = table.taps + t * plan.taps;
+          tile.tap_count = table.tap_count[t];
+          tile.dst = table.dst + t * plan.rows;
+          tile.valid_rows = int(min_of<int64_t>(plan.rows, count - t * plan.rows));
+          kernel(tile);
+        }
+      }
+    });
+  }
+
+  void run() const {
+    pack();
+    for (int64_t first = 0; first < plan.images; first += plan.images_per_chunk) {
+      int64_t images = min_of(plan.images_per_chunk, plan.images - first);
+      const T* src = staged_src;
+      if (plan.stage_src)
+        stage_images(pool, static_cast<const S*>(a.src), {plan.src_h, plan.src_w, plan.src_c, p.layout}, first, images,
+                     plan.merge_taps ? p.pad_top : 0, plan.merge_taps ? p.pad_left : 0, plan.staged_h, plan.staged_w, staged_src);
+      else
+        src = reinterpret_cast<const T*>(a.src) + first * plan.src_h * plan.src_w * plan.src_c;
+      if (plan.stage_dst) {
+        compute(src, staged_dst, images);
+        unstage_images(pool, staged_dst, {plan.dst_h, plan.dst_w, plan.dst_c, p.layout}, static_cast<S*>(a.dst), first, images);
+      } else {
+        compute(src, static_cast<S*>(a.dst) + first * plan.dst_h * plan.dst_w * plan.dst_c, images);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void conv_rows(const ConvArgs& a, const Pool& pool) {
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Rows<S>(a, pool).run(); });
+}
+
+}  // namespace convkit::cpu::CONVKIT_ISA

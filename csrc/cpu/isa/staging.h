@@ -1,0 +1,133 @@
+// Copies between a tensor as the caller stores it and a channels-last block in the arithmetic's type, which is what the
+// kernels read and write. This is where layouts and 16-bit types are dealt with, once.
+#pragma once
+
+#include "../../problem.h"
+#include "../pool.h"
+#include "vec.h"
+
+namespace convkit::cpu::CONVKIT_ISA {
+
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time: the square
+// is read and written a cache line each way, which a plain double loop over a large transpose does not.
+template <class S, class D>
+CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  constexpr int B = 16;
+  using T = compute_t<S>;
+  for (int64_t i0 = 0; i0 < rows; i0 += B)
+    for (int64_t j0 = 0; j0 < columns; j0 += B) {
+      int64_t ni = min_of<int64_t>(B, rows - i0), nj = min_of<int64_t>(B, columns - j0);
+      T square[B][B];
+      if (ni == B && nj == B) {
+        for (int i = 0; i < B; ++i) {
+          const S* line = from + (i0 + i) * from_stride + j0;
+          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(&square[i][v], load(line + v));
+        }
+        for (int j = 0; j < B; ++j) {
+          D* line = to + (j0 + j) * to_stride + i0;
+          T column[B];
+          CONVKIT_UNROLL for (int i = 0; i < B; ++i) column[i] = square[i][j];
+          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(line + v, load(column + v));
+        }
+      } else {
+        for (int64_t i = 0; i < ni; ++i)
+          for (int64_t j = 0; j < nj; ++j) put(to + (j0 + j) * to_stride + i0 + i, get(from + (i0 + i) * from_stride + j0 + j));
+      }
+    }
+}
+
+template <class A, class B> CONVKIT_INLINE void copy_values(const A* from, B* to, int64_t n) {
+  constexpr int L = kLanes<compute_t<A>>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) store(to + j, load(from + j));
+  if (j < n) store_n(to + j, load_n(from + j, int(n - j)), int(n - j));
+}
+
+// Pixels [first, first + pixels) of an image of `hw` pixels and c channels, channels [channel, channel + channels) of
+// them -> channels-last, `pixel_stride` elements from pixel to pixel.
+template <class S>
+CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int64_t c, int64_t first, int64_t pixels,
+                                 int64_t channel, int64_t channels, compute_t<S>* to, int64_t pixel_stride) {
+  if (layout == Layout::nchw) return transpose_block(image + channel * hw + first, hw, to, pixel_stride, channels, pixels);
+  const S* from = image + first * c + channel;
+  for (int64_t i = 0; i < pixels; ++i, from += c, to += pixel_stride) copy_values(from, to, channels);
+}
+
+// The inverse.
+template <class S>
+CONVKIT_INLINE void unstage_pixels(const compute_t<S>* from, int64_t pixel_stride, S* image, Layout layout, int64_t hw, int64_t c,
+                                   int64_t first, int64_t pixels, int64_t channel, int64_t channels) {
+  if (layout == Layout::nchw) return transpose_block(from, pixel_stride, image + channel * hw + first, hw, pixels, channels);
+  S* to = image + first * c + channel;
+  for (int64_t i = 0; i < pixels; ++i, from += pixel_stride, to += c) copy_values(from, to, channels);
+}
+
+template <class T> CONVKIT_INLINE void fill_zero(T* to, int64_t n) { std::memset(static_cast<void*>(to), 0, n * sizeof(T)); }
+
+struct Image {
+  int64_t h, w, c;
+  Layout layout;
+};
+
+constexpr int64_t kPixelsPerTask = 256;
+
+// Images [first, first + images) -> channels-last images of staged_h x staged_w pixels whose pixel (top, left) is the
+// source's first; zero around it. A staged image may end before the source does, where no tap reaches.
+template <class S>
+void stage_images(const Pool& pool, const S* src, Image image, int64_t first, int64_t images, int64_t top, int64_t left,
+                  int64_t staged_h, int64_t staged_w, compute_t<S>* staged) {
+  int64_t hw = image.h * image.w, row_size = staged_w * image.c;
+  src += first * hw * image.c;
+  if (staged_h == image.h && staged_w == image.w && top == 0 && left == 0) {
+    int64_t pieces = ceil_div(hw, kPixelsPerTask);
+    parallel(pool, images * pieces, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t at = i % pieces * kPixelsPerTask;
+        stage_pixels(src + i / pieces * hw * image.c, image.layout, hw, image.c, at, min_of(kPixelsPerTask, hw - at), 0, image.c,
+                     staged + (i / pieces * hw + at) * image.c, image.c);
+      }
+    });
+    return;
+  }
+  parallel(pool, images * staged_h, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t row = i % staged_h - top, columns = max_of<int64_t>(0, min_of(image.w, staged_w - left));
+      compute_t<S>* to = staged + i * row_size;
+      if (row < 0 || row >= image.h || columns == 0) {
+        fill_zero(to, row_size);
+        continue;
+      }
+      fill_zero(to, left * image.c);
+      stage_pixels(src + i / staged_h * hw * image.c, image.layout, hw, image.c, row * image.w, columns, 0, image.c,
+                   to + left * image.c, image.c);
+      fill_zero(to + (left + columns) * image.c, (staged_w - left - columns) * image.c);
+    }
+  });
+}
+
+// The inverse, without padding.
+template <class S>
+void unstage_images(const Pool& pool, const compute_t<S>* staged, Image image, S* dst, int64_t first, int64_t images) {
+  int64_t hw = image.h * image.w, pieces = ceil_div(hw, kPixelsPerTask);
+  dst += first * hw * image.c;
+  parallel(pool, images * pieces, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t at = i % pieces * kPixelsPerTask;
+      unstage_pixels(staged + (i / pieces * hw + at) * image.c, image.c, dst + i / pieces * hw * image.c, image.layout, hw, image.c,
+                     at, min_of(kPixelsPerTask, hw - at), 0, image.c);
+    }
+  });
+}
+
+// Taps of a filter that land inside: positions i in [begin, end) of `count` outputs for which i * stride + offset is in
+// [0, size).
+struct Range {
+  int64_t begin, end;
+};
+CONVKIT_INLINE Range inside(int64_t count, int64_t stride, int64_t offset, int64_t size) {
+  int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);
+  int64_t end = size <= offset ? 0 : ceil_div(size - offset, stride);
+  return {begin, max_of(begin, min_of(end, count))};
+}
+
+}  // namespace convkit::cpu::CONVKIT_ISA

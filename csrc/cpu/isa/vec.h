@@ -1,0 +1,186 @@
+// One vector type for every instruction set, from the compiler's vector extensions, and loads and stores that convert
+// between what is stored (double, float, bfloat16, float16) and what is computed in (double, float).
+// Everything lives in a namespace named after the instruction set: a function of the same name compiled for AVX-512
+// must never be picked by the linker for a machine without it. For the same reason nothing from std:: is used here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define CONVKIT_INLINE __attribute__((always_inline)) inline
+#define CONVKIT_UNROLL _Pragma("GCC unroll 64")
+
+namespace convkit::cpu::CONVKIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class S> struct Compute { using type = float; };
+template <> struct Compute<double> { using type = double; };
+template <class S> using compute_t = typename Compute<S>::type;
+
+template <class T> struct VecOf;
+template <> struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef float loose __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <> struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef double loose __attribute__((vector_size(kVectorBytes), may_alias, aligned(8)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <class T> using vec = typename VecOf<T>::type;
+template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T> CONVKIT_INLINE T min_of(T a, T b) { return b < a ? b : a; }
+template <class T> CONVKIT_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+CONVKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x - 0 keeps every value, -0 and NaN included, so that the compiler turns this into a plain broadcast.
+template <class T> CONVKIT_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }
+
+// max(v, 0) that lets NaN through, as torch.relu does.
+template <class T> CONVKIT_INLINE vec<T> relu(vec<T> v) { return v <= vec<T>{} ? vec<T>{} : v; }
+template <class T> CONVKIT_INLINE T relu_scalar(T v) { return v <= T(0) ? T(0) : v; }
+
+// ---- one value -----------------------------------------------------------------------------------------------------
+
+CONVKIT_INLINE float from_bits(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+CONVKIT_INLINE uint32_t to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+CONVKIT_INLINE double get(const double* p) { return *p; }
+CONVKIT_INLINE float get(const float* p) { return *p; }
+CONVKIT_INLINE float get(const bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
+CONVKIT_INLINE float get(const f16* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(p->bits);
+#else
+  uint32_t h = p->bits, sign = (h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+  if (exponent == 31) return from_bits(sign | 0x7f800000 | (mantissa << 13));
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float
+    float f = float(mantissa) * 0x1p-24f;
+    return sign ? -f : f;
+  }
+  return from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+#endif
+}
+
+CONVKIT_INLINE void put(double* p, double v) { *p = v; }
+CONVKIT_INLINE void put(float* p, float v) { *p = v; }
+CONVKIT_INLINE void put(bf16* p, float v) {  // round to nearest, ties to even
+  uint32_t u = to_bits(v);
+  p->bits = v != v ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+CONVKIT_INLINE void put(f16* p, float v) {
+#if defined(__F16C__)
+  p->bits = uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t u = to_bits(v), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) {
+    p->bits = uint16_t(sign | 0x7e00);
+  } else if (a >= 0x477ff000) {  // rounds to infinity from 65520 on
+    p->bits = uint16_t(sign | 0x7c00);
+  } else if (a < 0x38800000) {  // subnormal half: adding 0.5 lets the float unit round at bit 2^-24
+    float magic = from_bits(a) + 0.5f;
+    p->bits = uint16_t(sign | (to_bits(magic) - 0x3f000000));
+  } else {
+    p->bits = uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+  }
+#endif
+}
+
+// ---- one vector ----------------------------------------------------------------------------------------------------
+
+CONVKIT_INLINE vec<double> load(const double* p) { return *reinterpret_cast<const VecOf<double>::loose*>(p); }
+CONVKIT_INLINE vec<float> load(const float* p) { return *reinterpret_cast<const VecOf<float>::loose*>(p); }
+CONVKIT_INLINE void store(double* p, vec<double> v) { *reinterpret_cast<VecOf<double>::loose*>(p) = v; }
+CONVKIT_INLINE void store(float* p, vec<float> v) { *reinterpret_cast<VecOf<float>::loose*>(p) = v; }
+
+typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2), may_alias));
+typedef uint32_t word_bits __attribute__((vector_size(kVectorBytes), may_alias));
+
+CONVKIT_INLINE vec<float> load(const bf16* p) {
+  half_bits h;
+  std::memcpy(&h, p, sizeof h);
+  return (vec<float>)(__builtin_convertvector(h, word_bits) << 16);
+}
+CONVKIT_INLINE void store(bf16* p, vec<float> v) {
+  word_bits u = (word_bits)v;
+  word_bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  rounded = v != v ? word_bits{} + 0x7fc0 : rounded;
+  half_bits h = __builtin_convertvector(rounded, half_bits);
+  std::memcpy(p, &h, sizeof h);
+}
+
+CONVKIT_INLINE vec<float> load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#else
+  vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = get(p + i);
+  return v;
+#endif
+}
+CONVKIT_INLINE void store(f16* p, vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) put(p + i, v[i]);
+#endif
+}
+
+// The first n lanes (0 < n <= lanes); the other lanes are zero on load and left alone on store.
+template <class S> CONVKIT_INLINE vec<compute_t<S>> load_n(const S* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return (vec<compute_t<S>>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 8) return (vec<compute_t<S>>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#endif
+  S buffer[kLanes<compute_t<S>>] = {};
+  std::memcpy(buffer, p, n * sizeof(S));
+  return load(buffer);
+}
+template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#endif
+  S buffer[kLanes<compute_t<S>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(S));
+}
+
+// Calls f(Tag<S>) with the stored type that `dtype` names: the one place where dtypes become templates.
+template <class S> struct Tag {};
+template <class DT, class F> CONVKIT_INLINE void with_type(DT dtype, F&& f) {
+  switch (dtype) {
+    case DT::f64: return f(Tag<double>{});
+    case DT::f32: return f(Tag<float>{});
+    case DT::bf16: return f(Tag<bf16>{});
+    case DT::f16: return f(Tag<f16>{});
+  }
+}
+
+}  // namespace convkit::cpu::CONVKIT_ISA

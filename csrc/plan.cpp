@@ -1,0 +1,222 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace convkit {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out workspace, a cache line aligned.
+struct Workspace {
+  int64_t bytes = 0;
+  Piece take(int64_t size) {
+    Piece p{bytes, size};
+    bytes += ceil_div(size, 64) * 64;
+    return p;
+  }
+};
+
+// Staged copies of a few images at a time: enough that threads find work, few enough to stay in the caches.
+constexpr int64_t kStagedBytes = 4 << 20;
+// Output and input gradient blocks of the weight gradient: half of a 2 MiB second-level cache.
+constexpr int64_t kOuterBlockBytes = 1 << 20;
+// The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
+constexpr int64_t kDepthwiseBytes = 256 << 10;
+// A table of row pointers should leave most of the first-level cache to the data.
+constexpr int64_t kTableBytes = 32 << 10;
+// Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
+constexpr int64_t kFewChannels = 16;
+
+// Contiguous and channels-last are the same memory where there is one channel or one pixel.
+bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
+  return storage_bytes(t) != compute_bytes(t) || (l == Layout::nchw && channels != 1 && pixels != 1);
+}
+
+// The padded copy is not made where padding or stride make it far larger than the image.
+bool can_merge_taps(const ConvProblem& a) {
+  if (a.groups != 1 || a.dilation_w != 1 || a.s == 1 || a.c >= kFewChannels) return false;
+  double area = (double(a.p - 1) * a.stride_h + double(a.r - 1) * a.dilation_h + 1) * (double(a.q - 1) * a.stride_w + a.s);
+  return area < 4.0 * double(a.h * a.w) + 4096;
+}
+
+// Vectors of columns a register tile takes: the count that wastes fewest lanes over all tiles, wider first.
+int pick_vectors(int64_t columns, int64_t lanes, const CpuFacts& f) {
+  int64_t needed = ceil_div(columns, lanes), best_total = -1;
+  int best = 1;
+  for (int v = 4; v >= 1; --v) {
+    if (f.rows_for_vectors[v] == 0 || (v > needed && v > 1)) continue;
+    int64_t total = ceil_div(needed, v) * v;
+    if (best_total < 0 || total < best_total) best_total = total, best = v;
+  }
+  return best;
+}
+
+RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  RowsPlan b{};
+  b.input_grad = pass == Pass::input_grad;
+  b.images = a.n;
+  b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
+  b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.merge_taps = !b.input_grad && can_merge_taps(a);
+  b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
+  b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
+  b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : b.src_h;
+  b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
+  b.taps = b.merge_taps ? a.r : a.r * a.s;
+  b.depth = b.merge_taps ? a.s * a.c : b.src_c / a.groups;
+  b.group_columns = b.dst_c / a.groups;
+  b.vectors = pick_vectors(b.group_columns, lanes, f);
+  b.rows = f.rows_for_vectors[b.vectors];
+  b.column_tiles = ceil_div(b.group_columns, b.vectors * lanes);
+
+  int64_t src_bytes = b.stage_src ? b.staged_h * b.staged_w * b.src_c * element : 0;
+  int64_t dst_bytes = b.stage_dst ? b.dst_h * b.dst_w * b.dst_c * element : 0;
+  int64_t per_image = src_bytes + dst_bytes;
+  b.images_per_chunk = per_image == 0 ? a.n : std::clamp<int64_t>(kStagedBytes / per_image, 1, a.n);
+
+  // About 16 register tiles share a pass over the weights of a column tile; fewer where the table would grow too large
+  // or threads would go short of tasks.
+  int64_t entry = b.taps * b.rows * 8;
+  int64_t tiles = ceil_div(b.images_per_chunk * b.dst_h * b.dst_w, b.rows);
+  int64_t columns = b.column_tiles * a.groups;
+  int64_t wanted_blocks = ceil_div(int64_t(f.threads) * 8, columns);
+  b.tiles_per_block = std::clamp<int64_t>(std::min(kTableBytes / entry, ceil_div(tiles, wanted_blocks)), 1, 16);
+
+  b.panels = ws.take(a.groups * b.column_tiles * b.taps * b.depth * b.vectors * lanes * element);
+  b.zeros = ws.take((b.src_c + a.groups * b.column_tiles * b.vectors * lanes) * element);
+  b.src = ws.take(b.images_per_chunk * src_bytes);
+  b.dst = ws.take(b.images_per_chunk * dst_bytes);
+  b.table_bytes = ceil_div(b.tiles_per_block * (((b.taps + 1) * b.rows + 1) * 8 + b.taps * 4), 64) * 64;
+  b.tables = ws.take(f.threads * b.table_bytes);
+  return b;
+}
+
+OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
+  OuterPlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.merge_taps = can_merge_taps(a);
+  b.stage_x = b.merge_taps || needs_staging(a.dtype, a.layout, a.c, a.h * a.w);
+  b.stage_grad = needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
+  b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : a.h;
+  b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
+  b.taps = b.merge_taps ? a.r : a.r * a.s;
+  b.depth = b.merge_taps ? a.s * a.c : a.c / a.groups;
+  b.depth_padded = ceil_div(b.depth, lanes) * lanes;
+  b.group_rows = a.k / a.groups;
+  b.vectors = b.depth > lanes ? 2 : 1;
+  int64_t most_rows = f.vector_bytes == 64 ? 14 : 6;
+  b.row_tiles = ceil_div(b.group_rows, most_rows);
+  b.rows = int(ceil_div(b.group_rows, b.row_tiles));  // tiles of equal height rather than a short last one
+  b.column_tiles = ceil_div(b.depth, b.vectors * lanes);
+
+  int64_t x_bytes = b.staged_h * b.staged_w * a.c * element, grad_bytes = a.p * a.q * a.k * element;
+  b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
+  int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
+  b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
+
+  b.sums = ws.take(a.k * b.taps * b.depth_padded * element);
+  b.x = ws.take(b.stage_x ? b.images_per_chunk * x_bytes : 0);
+  b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  return b;
+}
+
+DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  DepthwisePlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  bool input_grad = pass == Pass::input_grad;
+  int64_t src_h = input_grad ? a.p : a.h, src_w = input_grad ? a.q : a.w;
+  int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
+  // Where a filter's width is a good part of the image's, most outputs are edges: a padded copy has none.
+  bool narrow = src_w < 4 * a.s * a.dilation_w || dst_w < 8;
+  b.stage = narrow || needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
+  b.channel_block = b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
+
+  int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+  if (input_grad) {
+    b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));
+    b.staged_last = std::max(a.q, (a.w - 1 + a.pad_left) / a.stride_w + 1);
+  } else {
+    b.staged_first = -a.pad_left;
+    b.staged_last = std::max((a.q - 1) * a.stride_w - a.pad_left + reach_w + 1, a.w);
+  }
+  // Padding or dilation far beyond the image: edges cost less than that many zeros.
+  if (b.staged_last - b.staged_first > 4 * src_w + 64) b.staged_first = 0, b.staged_last = src_w;
+  int64_t width = b.staged_last - b.staged_first;
+  auto source_rows = [&](int64_t rows) {
+    return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
+  };
+  // The weight gradient works on rows of y whatever the direction.
+  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * b.channel_block * element);
+  int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
+  b.rows_per_task = rows;
+  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * b.channel_block * element > kDepthwiseBytes)
+    b.rows_per_task = ceil_div(b.rows_per_task, 2);
+  b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
+  b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + b.rows_per_task * row_bytes, 64) * 64 : 0;
+  // A fixed number, whatever the threads: the order of the sums must not depend on them.
+  b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
+
+  b.weights = ws.take((a.r * a.s + 1) * a.c * element);
+  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * a.c * element : 0);
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+}  // namespace
+
+ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+  ConvPlan plan{};
+  Workspace ws;
+  if (a.is_depthwise() && a.c > 1) {
+    plan.kernel = ConvKernel::depthwise;
+    plan.depthwise = plan_depthwise(a, pass, f, ws);
+  } else if (pass == Pass::weight_grad) {
+    plan.kernel = ConvKernel::outer;
+    plan.outer = plan_outer(a, f, ws);
+  } else {
+    plan.kernel = ConvKernel::rows;
+    plan.rows = plan_rows(a, pass, f, ws);
+  }
+  plan.workspace_bytes = ws.bytes;
+  return plan;
+}
+
+std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const ConvPlan& plan) {
+  int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
+  std::string out = std::string(name(pass)) + " " + to_string(a) + " -> ";
+  auto num = [](int64_t v) { return std::to_string(v); };
+  switch (plan.kernel) {
+    case ConvKernel::rows: {
+      const RowsPlan& b = plan.rows;
+      out += "rows_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
+             num(b.images_per_chunk) + " images a chunk";
+      if (b.stage_src || b.stage_dst)
+        out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.stage_dst ? " output" : "");
+      break;
+    }
+    case ConvKernel::outer: {
+      const OuterPlan& b = plan.outer;
+      out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
+             num(b.rows_per_block) + " rows a block";
+      if (b.stage_x || b.stage_grad)
+        out += std::string(", staged") + (b.stage_x ? " input" : "") + (b.stage_grad ? " gradient" : "");
+      break;
+    }
+    case ConvKernel::depthwise: {
+      const DepthwisePlan& b = plan.depthwise;
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
+      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
+      if (b.stage) out += ", staged";
+      break;
+    }
+  }
+  return out + ", " + num(plan.workspace_bytes) + " bytes of workspace, " + num(f.threads) + " threads";
+}
+
+}  // namespace convkit

@@ -1,0 +1,81 @@
+// problem + device facts -> which kernel, tile, blocks and workspace. Pure functions: nothing is measured or remembered.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "problem.h"
+
+namespace convkit {
+
+struct CpuFacts {
+  const char* isa;
+  int64_t vector_bytes;
+  int threads;
+  // Register tiles: how many rows go with 1, 2, 3, 4 vectors of columns (0: that width is not compiled).
+  int rows_for_vectors[5];
+};
+
+enum class ConvKernel { rows, outer, depthwise };
+
+// A piece of the workspace, in bytes from its start. Pieces are cache-line aligned.
+struct Piece {
+  int64_t offset = 0, bytes = 0;
+};
+
+// Forward, input gradient and transposed convolution: every output pixel is a row of a matrix product whose operand
+// rows are gathered through a table of pointers (indirect convolution, Dukhan 2019, arXiv:1907.02129).
+struct RowsPlan {
+  int64_t images, src_h, src_w, src_c, dst_h, dst_w, dst_c;
+  bool input_grad;          // source pixel of (dst pixel, tap): divide by the stride instead of multiplying
+  bool merge_taps;          // few channels: the taps of a filter row and their channels are one run of a padded copy
+  bool stage_src, stage_dst;  // through a channels-last copy in the arithmetic's type, a few images at a time
+  int64_t staged_h, staged_w;  // size of a staged source image (padded when merge_taps)
+  int64_t taps, depth;      // pointers a row, and channels behind each
+  int64_t group_columns;    // output channels of a group
+  int vectors, rows;        // register tile: rows x (vectors * lanes)
+  int64_t column_tiles;     // of a group
+  int64_t images_per_chunk;
+  int64_t tiles_per_block;  // row tiles whose pointer table a task makes at once
+  Piece panels, zeros, src, dst, tables;
+  int64_t table_bytes;      // of one thread
+};
+
+// Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight.
+struct OuterPlan {
+  bool merge_taps, stage_x, stage_grad;
+  int64_t staged_h, staged_w;
+  int64_t taps, depth, depth_padded;
+  int64_t group_rows;       // filters of a group
+  int vectors, rows;
+  int64_t row_tiles, column_tiles;
+  int64_t images_per_chunk, rows_per_block;
+  Piece sums, x, grad;
+};
+
+// Depthwise, all three passes: a vector of channels at a time.
+struct DepthwisePlan {
+  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, narrow images)
+  int64_t channel_block;    // channels a task takes
+  int64_t rows_per_task;
+  int64_t splits;           // weight gradient: partial sums, added in order
+  int64_t staged_first, staged_last;  // columns of a staged source, zeros beyond the image's own
+  int64_t staged_elements;  // of a task's staged source; the outputs (or gradients) follow
+  Piece weights, partial, scratch;
+  int64_t scratch_bytes;    // of one thread
+};
+
+struct ConvPlan {
+  ConvKernel kernel;
+  RowsPlan rows;
+  OuterPlan outer;
+  DepthwisePlan depthwise;
+  int64_t workspace_bytes;
+};
+
+ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&);
+
+// One line for people: `fprop n8c64… -> rows avx512 7x64, …`.
+std::string describe(const ConvProblem&, Pass, const CpuFacts&, const ConvPlan&);
+
+}  // namespace convkit

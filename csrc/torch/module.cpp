@@ -1,0 +1,134 @@
+// The operators' schemas, their autocast rules, and the module `convkit._C`: how it was built, what a problem is planned to.
+#include <ATen/autocast_mode.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <sstream>
+#include <string>
+
+#include "tensors.h"
+
+namespace py = pybind11;
+
+// Padding is top, bottom, left, right. The gradients take `channels_last`, the format of what they return, because their
+// arguments alone don't tell it. Sizes are SymInt so that dynamic shapes trace; everything else is a property of a layer.
+TORCH_LIBRARY(convkit, m) {
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, str? activation) -> Tensor");
+  m.def("conv2d_input_grad(Tensor grad, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
+  m.def("conv2d_weight_grad(Tensor grad, Tensor input, SymInt[3] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
+  m.def("conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? depthwise_scale, Tensor? depthwise_shift, str? depthwise_activation, "
+      "Tensor? scale, Tensor? shift, str? activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  m.def("channel_sum(Tensor grad) -> Tensor");
+  m.def(
+      "batch_norm_relu(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, bool save_mask) -> "
+      "(Tensor out, Tensor mean, Tensor var, Tensor mask)");
+  m.def(
+      "batch_norm_relu_grad(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? mask, float eps, bool training, bool[4] output_mask) -> "
+      "(Tensor input_grad, Tensor residual_grad, Tensor weight_grad, Tensor bias_grad)");
+  m.def("update_running_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()");
+  m.def("im2col(Tensor input, int[2] kernel_size, int[2] dilation, int[2] padding, int[2] stride) -> Tensor");
+  m.def("col2im(Tensor input, SymInt[2] output_size, int[2] kernel_size, int[2] dilation, int[2] padding, int[2] stride) -> Tensor");
+}
+
+namespace convkit {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Autocast as PyTorch's convolutions have it: floating-point arguments are cast to the region's dtype (weights once a
+// region, from its cache), and what is computed inside runs with autocast off.
+template <c10::DeviceType device> struct Autocast {
+  static constexpr c10::DispatchKey key = device == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+
+  static Tensor cast(const Tensor& t) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device); }
+  static OptionalTensor cast(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(cast(*t)) : t; }
+
+  template <class Signature> static auto op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+  }
+
+  using Conv = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::optional<std::string_view>);
+  static Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                       std::optional<std::string_view> activation) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    static auto call = op<Conv>("convkit::conv2d");
+    return call.call(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups, activation);
+  }
+
+  using Transposed = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t);
+  static Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef output_padding,
+                                 IntArrayRef dilation, int64_t groups) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    static auto call = op<Transposed>("convkit::conv_transpose2d");
+    return call.call(cast(input), cast(weight), cast(bias), stride, padding, output_padding, dilation, groups);
+  }
+
+  using Separable = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<std::string_view>, const OptionalTensor&,
+                           const OptionalTensor&, std::optional<std::string_view>, IntArrayRef, IntArrayRef, IntArrayRef);
+  // Scales and shifts stay float32: they belong to the accumulators.
+  static Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_scale,
+                                 const OptionalTensor& depthwise_shift, std::optional<std::string_view> depthwise_activation, const OptionalTensor& scale,
+                                 const OptionalTensor& shift, std::optional<std::string_view> activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    static auto call = op<Separable>("convkit::separable_conv2d");
+    return call.call(cast(input), cast(depthwise_weight), cast(pointwise_weight), depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, activation, stride, padding,
+                     dilation);
+  }
+
+  static void rules(torch::Library& m) {
+    m.impl("conv2d", conv2d);
+    m.impl("conv_transpose2d", conv_transpose2d);
+    m.impl("separable_conv2d", separable_conv2d);
+    // The others take what they are given, as PyTorch's batch_norm, unfold and fold do: a 16-bit input with float32
+    // parameters is one of their cases.
+  }
+};
+
+std::string plan(const std::string& problem, const std::string& pass, int threads) {
+  Pass p;
+  if (pass == "fprop") p = Pass::forward;
+  else if (pass == "dgrad") p = Pass::input_grad;
+  else if (pass == "wgrad") p = Pass::weight_grad;
+  else throw std::invalid_argument("pass: got '" + pass + "'; accepts fprop, dgrad, wgrad");
+  ConvProblem a = parse_conv_problem(problem);
+  CpuFacts facts = cpu::kernels().facts;
+  facts.threads = threads > 0 ? threads : at::get_num_threads();
+  return describe(a, p, facts, plan_conv(a, p, facts));
+}
+
+py::list words(const char* text) {
+  py::list out;
+  std::istringstream in(text);
+  for (std::string word; in >> word;) out.append(word);
+  return out;
+}
+
+}  // namespace
+}  // namespace convkit
+
+TORCH_LIBRARY_IMPL(convkit, AutocastCPU, m) { convkit::Autocast<c10::kCPU>::rules(m); }
+TORCH_LIBRARY_IMPL(convkit, AutocastCUDA, m) { convkit::Autocast<c10::kCUDA>::rules(m); }
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "convkit's native module: operators are registered as torch.ops.convkit when it is loaded.";
+  convkit::cpu::kernels();  // an impossible CONVKIT_ISA is an error now, not at the first call
+  m.def("isa", [] { return std::string(convkit::cpu::kernels().facts.isa); }, "The instruction set in force.");
+  m.def("available_isas", [] { return convkit::words(convkit::cpu::available_isas()); }, "Instruction sets usable on this machine, best first.");
+  m.def("plan", convkit::plan, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("threads") = 0,
+        "The kernel, tile, blocks and workspace planned for a problem such as n8c64h56w56k64r3s3u1p1d1g1_f32_nhwc; pass_ is fprop, dgrad or wgrad.");
+  m.def("build_info", [] {
+    py::dict out;
+    out["compiler"] = "g++ " __VERSION__;
+    out["torch"] = TORCH_VERSION;
+    out["isas"] = convkit::words(convkit::cpu::compiled_isas());
+#if defined(CONVKIT_CUDA_ARCHES)
+    out["cuda_arches"] = CONVKIT_CUDA_ARCHES;
+#else
+    out["cuda_arches"] = "none (CPU only)";
+#endif
+    return out;
+  });
+}

@@ -1,0 +1,71 @@
+// What every operator needs of its tensors: dtype, layout, checks, threads, workspace.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "../cpu/kernels.h"
+#include "../problem.h"
+
+namespace convkit {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// `op` and `arg` go into the message: "convkit.conv2d: weight: got …; accepts …".
+#define CONVKIT_CHECK(condition, op, arg, ...) TORCH_CHECK(condition, "convkit.", op, ": ", arg, ": ", __VA_ARGS__)
+
+inline DType dtype_of(const char* op, const char* arg, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return DType::f64;
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "convkit.", op, ": ", arg, ": got dtype ", t.scalar_type(),
+                                  "; accepts float64, float32, bfloat16, float16: convert it with .to(dtype)");
+  }
+}
+
+// The arithmetic's type: what per-channel values and sums are held in.
+inline at::ScalarType compute_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+// PyTorch's rule: judged on strides alone, contiguous where a tensor is both.
+inline bool is_channels_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+inline at::MemoryFormat format(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+inline Layout layout(bool channels_last) { return channels_last ? Layout::nhwc : Layout::nchw; }
+
+inline void check_dense_cpu(const char* op, const char* arg, const Tensor& t) {
+  CONVKIT_CHECK(t.device().is_cpu(), op, arg, "got a tensor on ", t.device(), "; accepts the device of the other arguments, cpu: move it with .to(\"cpu\")");
+  CONVKIT_CHECK(t.layout() == at::kStrided, op, arg, "got layout ", t.layout(), "; accepts dense tensors: convert it with .to_dense()");
+}
+
+inline void check_like(const char* op, const char* arg, const Tensor& t, const Tensor& input) {
+  check_dense_cpu(op, arg, t);
+  CONVKIT_CHECK(t.scalar_type() == input.scalar_type(), op, arg, "got dtype ", t.scalar_type(), "; accepts the input's, ", input.scalar_type(),
+                ": convert one of them with .to(dtype)");
+}
+
+inline Tensor new_tensor(IntArrayRef sizes, const Tensor& like, bool channels_last) {
+  return at::empty(sizes, like.options().memory_format(format(channels_last)));
+}
+
+// Threads are torch's own (at::parallel_for), so torch.set_num_threads holds and one OpenMP runtime does all the work.
+inline cpu::Pool pool() {
+  return {at::get_num_threads(), [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* arg) {
+            at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(arg, begin, end, at::get_thread_num()); });
+          }};
+}
+
+// Kernels allocate nothing: they are given their workspace, from torch's allocator.
+inline Tensor workspace(int64_t bytes, const Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+}
+
+inline cpu::WeightStrides weight_strides(const Tensor& w) { return {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}; }
+
+}  // namespace convkit

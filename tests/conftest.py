@@ -1,0 +1,23 @@
+"""Set-up of every test: repeatable random numbers, and how many problems hypothesis draws."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same problems in every run; HYPOTHESIS_PROFILE=explore looks for new ones, for as long as one cares to wait.
+_common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("repeatable", max_examples=100, derandomize=True, **_common)
+settings.register_profile("explore", max_examples=2000, print_blob=True, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Every test starts from the same random numbers and leaves the number of threads as it found it."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

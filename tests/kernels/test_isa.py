@@ -1,0 +1,46 @@
+"""The numeric tests once more for every other instruction set that this machine has: it is chosen once, at import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from convkit import _C
+
+OTHERS = [isa for isa in _C.available_isas() if isa != _C.isa()]
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], env=os.environ | {"CONVKIT_ISA": isa}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_numeric(isa: str):
+    tests = Path(__file__).with_name("test_numeric.py")
+    done = run(isa, "-m", "pytest", str(tests), "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+    assert done.returncode == 0, f"CONVKIT_ISA={isa}\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_the_variable_chooses(isa: str):
+    done = run(isa, "-c", "import convkit; from convkit import _C; print(_C.isa())")
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_generic_is_always_there():
+    assert "generic" in _C.available_isas()
+    assert _C.isa() in _C.available_isas()
+
+
+@pytest.mark.parametrize("isa", ("", "avx1024", "AVX2 "))
+def test_an_unknown_instruction_set_is_refused(isa: str):
+    done = run(isa, "-c", "import convkit")
+    if not isa:  # as if it were not set
+        assert done.returncode == 0, done.stderr
+        return
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1, "imported, or crashed"
+    assert "CONVKIT_ISA" in last and isa in last and all(name in last for name in _C.available_isas()), last

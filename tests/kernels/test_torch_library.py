@@ -1,0 +1,237 @@
+"""The operators as torch.library, torch.compile and torch.export see them."""
+
+import convkit.functional as CF
+import pytest
+import torch
+from convkit import reference
+from kernel_checks import DTYPES, LAYOUTS, Sample, small_samples
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ops = torch.ops.convkit
+NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Record(TorchDispatchMode):
+    """The convkit operators called inside, with all of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "convkit":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def operator_calls(dtype: str = "f32", layout: str = "nchw") -> dict[str, tuple]:
+    """What the small samples come to as calls of operators, forward, backward and backward of backward, by name."""
+    calls = {}
+    for name, sample in small_samples(dtype, layout).items():
+        leaves = {key: t.detach().requires_grad_() for key, t in sample.tensors.items()}
+        with Record() as record:
+            y = sample(CF, **leaves)
+            grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y), create_graph=True)
+            torch.autograd.grad(sum((g**2).sum() for g in grads), list(leaves.values()), allow_unused=True)
+        for i, (function, args) in enumerate(record.calls):
+            calls[f"{name} {i} {function._schema.name.split('::')[1]}"] = function, args
+    return calls
+
+
+CALLS = operator_calls()
+
+
+def is_part_of(name: str, operator: str) -> bool:
+    return name.split(" ")[-1] == operator
+
+
+def test_every_operator_is_covered():
+    declared = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "convkit::" in name}
+    assert {name.split(" ")[-1] for name in CALLS} == declared
+
+
+def detached(args, requires_grad: bool):
+    def one(t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        return t.detach().clone().requires_grad_(requires_grad and t.is_floating_point())
+
+    return tuple(one(t) for t in args)
+
+
+# One call of each operator through the whole opcheck, which compiles it, forward and backward, with dynamic shapes.
+FIRST = {name.split(" ")[-1]: name for name in reversed(CALLS)}
+MORE = ("conv2d relu 0 conv2d", "conv2d one-sided 0 conv2d", "batch_norm_relu training residual 0 batch_norm_relu")
+
+
+@pytest.mark.parametrize("name", [*FIRST.values(), *MORE])
+def test_opcheck(name: str):
+    function, args = CALLS[name]
+    mutates = function._schema.is_mutable
+    torch.library.opcheck(function, detached(args, requires_grad=not mutates))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck_without_compiling(name: str):
+    function, args = CALLS[name]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(function, detached(args, requires_grad=False), test_utils=tests)
+
+
+def outputs(result) -> list[torch.Tensor]:
+    return [t for t in (result if isinstance(result, tuple | list) else [result]) if t is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_kernels_know_shape_dtype_and_strides(layout: str, dtype: torch.dtype):
+    for name, (function, args) in CALLS.items():
+        if function._schema.is_mutable:
+            continue
+
+        def arrange(t, keep=name):
+            if not isinstance(t, torch.Tensor) or t.dtype == torch.uint8:
+                return t
+            return LAYOUTS[layout](t.detach().to(dtype) if t.dim() > 1 or "batch_norm" not in keep else t.detach())
+
+        if "batch_norm" in name and dtype in (torch.float64,):
+            continue  # its per-channel values would have to be float64 too: the samples below have them
+        check_fake(name, function, tuple(arrange(t) for t in args))
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+def test_fake_kernels_in_float64(layout: str):
+    for name, (function, args) in operator_calls("f64", layout).items():
+        if not function._schema.is_mutable:
+            check_fake(name, function, detached(args, requires_grad=False))
+
+
+def check_fake(name: str, function, args) -> None:
+    if is_part_of(name, "batch_norm_relu_grad") and args[6] is not None:
+        # The mask is in memory order: only the layout that it was made for fits.
+        if not args[1].is_contiguous() or not args[1].stride() == args[0].stride():
+            return
+    real = outputs(function(*args))
+    with FakeTensorMode() as mode:
+        faked = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args]
+        fake = outputs(function(*faked))
+    assert len(fake) == len(real)
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device), name
+
+
+def test_meta_tensors():
+    x, w = torch.randn(2, 4, 9, 8, device="meta"), torch.randn(6, 4, 3, 3, device="meta")
+    y = CF.conv2d(x, w, padding=((0, 1), (2, 3)), stride=2)
+    assert y.device.type == "meta" and y.shape == (2, 6, 4, 6)
+
+
+COMPILED = (
+    "conv2d relu",
+    "conv2d same",
+    "conv2d unbatched",
+    "conv_transpose2d output_padding",
+    "separable_conv2d",
+    "batch_norm_relu training residual",
+    "batch_norm_relu eval",
+    "im2col",
+    "col2im",
+)
+
+
+def run(call, sample: Sample, create_graph: bool = False) -> list[torch.Tensor]:
+    """Output, gradients, buffers of `call(tensors, buffers)`."""
+    tensors = {key: t.detach().clone().requires_grad_() for key, t in sample.tensors.items()}
+    buffers = {key: t.clone() for key, t in sample.buffers.items()}
+    y = call(tensors, buffers)
+    grads = torch.autograd.grad((y**2).sum(), list(tensors.values()))
+    return [y.detach(), *grads, *buffers.values()]
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(name: str, layout: str):
+    """fullgraph, dynamic shapes: the numbers and strides of eager mode, for two batch sizes out of one compilation."""
+    sample = small_samples("f32", layout)[name]
+
+    def call(tensors, buffers):
+        return getattr(CF, sample.op)(**tensors, **buffers, **sample.options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    batched = [key for key in ("input", "residual") if key in sample.tensors and "unbatched" not in name]
+    bigger = {key: torch.cat([sample.tensors[key]] * 2) for key in batched}
+    for one in (sample, Sample(sample.op, sample.tensors | bigger, sample.options, sample.buffers)):
+        for ours, right in zip(run(compiled, one), run(call, one), strict=True):
+            assert torch.equal(ours, right)
+            assert ours.stride() == right.stride()
+
+
+def test_compile_with_inductor():
+    """A block of a network, through the default backend, which also plans layouts of its own."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 8, 8)
+    w, p = torch.randn(4, 1, 3, 3, requires_grad=True), torch.randn(4, 4, 1, 1, requires_grad=True)
+
+    def block(x, w, p, mean, var):
+        y = CF.conv2d(x, w, padding=1, groups=4)
+        y = CF.batch_norm_relu(CF.conv2d(y, p), mean, var, training=True, residual=x)
+        return y.mean((2, 3)).square().sum()
+
+    def run(function):
+        mean, var = torch.zeros(4), torch.ones(4)
+        loss = function(x, w, p, mean, var)
+        return [loss.detach(), *torch.autograd.grad(loss, (w, p)), mean, var]
+
+    for ours, right in zip(run(torch.compile(block, fullgraph=True)), run(block), strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, sample: Sample) -> None:
+        super().__init__()
+        self.sample = sample
+        for key, t in sample.buffers.items():
+            self.register_buffer(key, t.clone())
+
+    def forward(self, tensors):
+        return getattr(CF, self.sample.op)(**tensors, **dict(self.named_buffers()), **self.sample.options)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_export(name: str):
+    sample = small_samples("f32")[name]
+    tensors = {key: t.detach() for key, t in sample.tensors.items()}
+    program = torch.export.export(Module(sample), (tensors,))
+    assert any("convkit" in str(node.target) for node in program.graph.nodes)
+    exported, eager = program.module(), Module(sample)
+    assert torch.equal(exported(tensors), eager(tensors))
+    for key, value in eager.named_buffers():
+        assert torch.equal(dict(exported.named_buffers())[key], value), key
+
+
+def test_export_with_a_dynamic_batch():
+    module = torch.nn.Module()
+    weight = torch.randn(6, 4, 3, 3)
+    module.forward = lambda x: CF.conv2d(x, weight, padding=1, activation="relu")
+    program = torch.export.export(module, (torch.randn(2, 4, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n", max=64)},))
+    x = torch.randn(5, 4, 8, 8)
+    assert torch.equal(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("name", ("conv2d relu", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d"))
+def test_vmap(name: str):
+    """torch.func: a loop over the first dimension where there is nothing better, and per-sample gradients."""
+    sample = small_samples("f64")[name]
+    x = torch.stack([sample.tensors["input"], sample.tensors["input"] * 2])
+
+    def loss(value, module):
+        return (sample(module, input=value) ** 2).sum()
+
+    for module in (CF, reference):
+        values = torch.func.vmap(lambda v, m=module: sample(m, input=v))(x)
+        grads = torch.func.vmap(torch.func.grad(lambda v, m=module: loss(v, m)))(x)
+        if module is CF:
+            ours = values, grads
+    torch.testing.assert_close(ours, (values, grads))

@@ -1,0 +1,22 @@
+"""Small real data for the tests of the lab."""
+
+import pytest
+
+from convkit.lab import data
+
+
+@pytest.fixture(scope="session")
+def digits5k() -> data.Data:
+    return data.digits5k()
+
+
+@pytest.fixture(scope="session")
+def few(digits5k) -> data.Data:
+    """About 200 digits to train, 60 to validate and 100 to test."""
+    return digits5k.take(200, 60, 100)
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    """The tests do not depend on what data the machine happens to have."""
+    monkeypatch.delenv("CONVKIT_DATA", raising=False)

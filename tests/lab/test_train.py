@@ -1,0 +1,293 @@
+"""The training loop and its run folder."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+from rich.console import Console
+
+from convkit.lab import LabError, models, plots, recipes, train
+
+RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=32, learning_rate=1e-3, backend="torch")
+QUIET = Console(quiet=True)
+FILES = {"config.json", "env.json", "metrics.csv", "log.txt", "best.pt", "last.pt", "curves.png", "result.json"}
+
+
+def fit(data, out, recipe=RECIPE, objective=train.classify, console=QUIET):
+    torch.manual_seed(recipe.seed)
+    model = models.build(recipe.model, backend=recipe.backend)
+    return model, train.fit(model, data, objective, recipe, out=out, console=console)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_run_folder(few, tmp_path):
+    model, run = fit(few, tmp_path)
+    error = train.evaluate_test(run, model, few, train.classify)
+    assert run.folder == tmp_path / "tiny-1"
+    assert {path.name for path in run.folder.iterdir()} == FILES
+
+    config = read_json(run.folder / "config.json")
+    assert config["recipe"] == dataclasses.asdict(RECIPE)
+    assert config["network"] == {"name": "fc64", "class": "_MLP", "parameters": 50_890}
+    assert (config["data"]["train"], config["data"]["val"], config["data"]["test"]) == (200, 60, 100)
+
+    env = read_json(run.folder / "env.json")
+    assert env["torch"] == torch.__version__ and env["threads"] == torch.get_num_threads() and env["backend"] == "torch"
+
+    with open(run.folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [int(row["step"]) for row in rows] == [7, 14, 21]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert float(rows[2]["train_loss"]) < float(rows[0]["train_loss"])
+
+    log = (run.folder / "log.txt").read_text().splitlines()
+    assert len(log) == 3 and log[2].startswith("tiny: epoch  3/3  train loss")
+
+    result = read_json(run.folder / "result.json")
+    assert result == run.result
+    assert result["status"] == "finished" and result["epochs"] == 3 and result["parameters"] == 50_890
+    best = min(rows, key=lambda row: (-float(row["val_accuracy"]), float(row["val_loss"])))
+    assert result["best_epoch"] == int(best["epoch"])
+    assert result["test_error_percent"] == error and result["test_images"] == 100
+
+    checkpoint = train.load_checkpoint(run.folder / "best.pt")
+    assert checkpoint["epoch"] == result["best_epoch"]
+    model.load_state_dict(checkpoint["model"])
+    _, accuracy = train.evaluate(model, few.test, train.classify)
+    assert error == pytest.approx(100 * (1 - accuracy))
+
+
+def test_runs_are_numbered(few, tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    (tmp_path / "tiny-7").mkdir()
+    (tmp_path / "tiny-notes").mkdir()
+    assert [fit(few, tmp_path, recipe)[1].folder.name for _ in range(2)] == ["tiny-8", "tiny-9"]
+
+
+def test_fit_never_reads_the_test_pictures(few, tmp_path):
+    blind = dataclasses.replace(few, test=dataclasses.replace(few.test, images=None, labels=few.test.labels))
+    fit(blind, tmp_path, dataclasses.replace(RECIPE, epochs=1))
+
+
+def test_the_seed_decides_everything(few, tmp_path):
+    first, again = (fit(few, tmp_path)[0].state_dict() for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    other = fit(few, tmp_path, dataclasses.replace(RECIPE, seed=1))[0].state_dict()
+    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
+
+
+def test_epochs_do_not_depend_on_what_else_drew_random_numbers(few, tmp_path):
+    def drawing(model, images, labels):
+        torch.rand(3)
+        return train.classify(model, images, labels)
+
+    plain, disturbed = fit(few, tmp_path)[0], fit(few, tmp_path, objective=drawing)[0]
+    torch.testing.assert_close(plain.state_dict(), disturbed.state_dict(), rtol=0, atol=0)
+
+
+def test_checkpoint_holds_what_going_on_needs(few, tmp_path):
+    """From last.pt of two epochs, a third epoch done by hand ends where three epochs in one go end."""
+    longer, _ = fit(few, tmp_path)
+    _, run = fit(few, tmp_path, dataclasses.replace(RECIPE, epochs=2))
+    state = train.load_checkpoint(run.folder / "last.pt")
+    assert set(state) == {"format", "convkit", "recipe", "epoch", "history", "model", "optimizer", "rng"}
+    assert state["epoch"] == 2 and len(state["history"]) == 2 and state["history"] == run.history
+    assert state["rng"]["cpu"].dtype == torch.uint8
+    assert recipes.Recipe(**state["recipe"]) == run.recipe
+
+    model = models.build("fc64", backend="torch")
+    model.load_state_dict(state["model"])
+    optimizer = train.make_optimizer(model, run.recipe)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"]["cpu"])
+    for images, labels in few.train.batches(32, train.epoch_order(len(few.train), RECIPE.seed, 3)):
+        optimizer.zero_grad()
+        train.classify(model, images, labels).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), longer.state_dict(), rtol=0, atol=0)
+
+
+def test_checkpoint_errors(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(LabError, match="no such checkpoint"):
+        train.load_checkpoint(path)
+    train.save_checkpoint(path, {"format": train.CHECKPOINT_FORMAT, "values": torch.arange(1000)})
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
+        path.write_bytes(broken)
+        with pytest.raises(LabError, match="damaged or not a checkpoint") as error:
+            train.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    train.save_checkpoint(path, {"format": 0})
+    with pytest.raises(LabError, match="not a convkit checkpoint of format 1"):
+        train.load_checkpoint(path)
+
+
+def test_checkpoint_runs_no_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"format": 1, "x": Harmful()}, tmp_path / "x.pt")
+    with pytest.raises(LabError, match="damaged or not a checkpoint"):
+        train.load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_writing_is_atomic(tmp_path, failure):
+    path = tmp_path / "last.pt"
+    train.write_atomically(path, lambda file: file.write(b"whole"))
+
+    def half(file):
+        file.write(b"ha")
+        file.flush()
+        assert path.read_bytes() == b"whole"  # whoever reads meanwhile
+        raise failure
+
+    with pytest.raises(failure):
+        train.write_atomically(path, half)
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Failing:
+    """The objective, until it has been asked in training ``good`` times; then ``fail`` decides."""
+
+    def __init__(self, good, fail):
+        self.left, self.fail = good, fail
+
+    def __call__(self, model, images, labels):
+        outcome = train.classify(model, images, labels)
+        self.left -= model.training
+        return self.fail(outcome) if self.left < 0 else outcome
+
+
+def nan(outcome):
+    return outcome._replace(loss=outcome.loss * math.nan)
+
+
+def interrupt(outcome):
+    raise KeyboardInterrupt
+
+
+def test_non_finite_loss_stops_and_keeps_the_state_from_before(few, tmp_path):
+    message = r"the loss became nan at step 17 with learning rate 0.001; .*last.pt holds the state after epoch 2"
+    with pytest.raises(train.NonFiniteLoss, match=message) as error:
+        fit(few, tmp_path, objective=Failing(16, nan))
+    assert error.value.exit_code == 1
+    folder = tmp_path / "tiny-1"
+    assert {path.name for path in folder.iterdir()} == FILES
+    state = train.load_checkpoint(folder / "last.pt")
+    assert state["epoch"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+    result = read_json(folder / "result.json")
+    assert result["status"] == "non-finite loss" and "step 17" in result["message"] and result["epochs"] == 2
+    assert "step 17" in (folder / "log.txt").read_text()
+
+
+def test_non_finite_loss_in_the_first_epoch_keeps_the_initial_weights(few, tmp_path):
+    with pytest.raises(train.NonFiniteLoss, match="step 1 .*after epoch 0"):
+        fit(few, tmp_path, objective=Failing(0, nan))
+    torch.manual_seed(RECIPE.seed)
+    initial = models.build("fc64", backend="torch").state_dict()
+    state = train.load_checkpoint(tmp_path / "tiny-1" / "last.pt")
+    torch.testing.assert_close(state["model"], initial, rtol=0, atol=0)
+    assert read_json(tmp_path / "tiny-1" / "result.json")["epochs"] == 0
+
+
+def test_weights_that_blow_up_in_the_last_step_are_found_by_validation(few, tmp_path):
+    def objective(model, images, labels):
+        outcome = train.classify(model, images, labels)
+        return outcome if model.training else nan(outcome)
+
+    with pytest.raises(train.NonFiniteLoss, match="the validation loss became nan at step 7"):
+        fit(few, tmp_path, objective=objective)
+    assert train.load_checkpoint(tmp_path / "tiny-1" / "last.pt")["epoch"] == 0
+    assert not (tmp_path / "tiny-1" / "best.pt").exists()
+
+
+def test_a_learning_rate_that_really_diverges(few, tmp_path):
+    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, epochs=5)
+    with pytest.raises(train.NonFiniteLoss, match=r"learning rate 1e\+30"):
+        fit(few, tmp_path, recipe)
+
+
+def test_interruption_leaves_a_usable_folder(few, tmp_path):
+    with pytest.raises(
+        train.Interrupted, match="interrupted in epoch 2 of 3; the 1 whole epoch.* in .*tiny-1"
+    ) as error:
+        fit(few, tmp_path, objective=Failing(10, interrupt))
+    assert error.value.exit_code == 130
+    folder = tmp_path / "tiny-1"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert read_json(folder / "result.json")["status"] == "interrupted"
+    assert train.load_checkpoint(folder / "last.pt")["epoch"] == 1
+
+
+def test_a_terminal_gets_a_bar_and_the_log_its_lines(few, tmp_path):
+    console = Console(force_terminal=True, width=120)
+    with console.capture() as capture:
+        _, run = fit(few, tmp_path, console=console)
+    assert "epoch 3/3" in capture.get() and "validation" in capture.get()
+    assert len((run.folder / "log.txt").read_text().splitlines()) == 3
+
+
+def test_evaluate_restores_the_mode(few):
+    model = models.build("fc64", backend="torch")
+    model.train()
+    whole = train.evaluate(model, few.test, train.classify)
+    assert model.training
+    parts = train.evaluate(model.eval(), few.test, train.classify, batch_size=7)
+    assert not model.training
+    assert whole == pytest.approx(parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive and finite, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be zero or positive"),
+        ({"seed": -1}, "seed must be from 0 to"),
+    ],
+)
+def test_wrong_recipes(change, message):
+    with pytest.raises(LabError, match=f"tiny: {message}"):
+        dataclasses.replace(RECIPE, **change)
+
+
+def test_recipes_name_what_exists():
+    for recipe in recipes.RECIPES.values():
+        assert recipe.model in models.MODELS and recipe.data in ("digits5k", "mnist")
+        assert recipe.source and recipe.claimed_error
+    with pytest.raises(LabError, match="did you mean simplenet-mnist"):
+        recipes.recipe("simplenet-mnits")
+    unknown = dataclasses.replace(RECIPE, optimizer="adamm")
+    with pytest.raises(LabError, match="optimizer must be one of adam, got 'adamm'"):
+        train.make_optimizer(models.build("fc64", backend="torch"), unknown)
+
+
+def test_out_that_cannot_be_written(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match="cannot make a run folder in .*file"):
+        fit(few, tmp_path / "file")
+
+
+@pytest.mark.parametrize("epochs", [1, 60])
+def test_curves_are_a_picture(epochs):
+    history = [
+        {"epoch": e, "train_loss": 1 / e, "val_loss": 1.2 / e, "train_accuracy": 0.9, "val_accuracy": 0.8}
+        for e in range(1, epochs + 1)
+    ]
+    png = plots.curves(history, "title", best_epoch=epochs, test_error=12.5)
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
