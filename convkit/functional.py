@@ -18,6 +18,9 @@ __all__ = ["batch_norm_relu", "col2im", "conv2d", "conv_transpose2d", "im2col", 
 
 IntPair = int | Sequence[int]
 
+# PyTorch's own message for a backend without kernels is a page long and says nothing to do.
+_CUDA_KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("convkit::conv2d", "CUDA")
+
 
 def _integer(value, op: str, name: str) -> int:
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
@@ -45,6 +48,11 @@ def _tensor(value, op: str, name: str, dims: Sequence[int] = (), what: str = "",
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"convkit.{op}: {name}: got {type(value).__name__}; accepts a torch.Tensor")
+    if value.is_cuda and not _CUDA_KERNELS:
+        raise NotImplementedError(
+            f"convkit.{op}: {name}: got a tensor on {value.device}; accepts CPU tensors: this build has no CUDA kernels. "
+            'Move model and data with .to("cpu"), or leave the layer to PyTorch'
+        )
     if dims and value.dim() not in dims:
         raise RuntimeError(f"convkit.{op}: {name}: got {value.dim()}-D size {list(value.shape)}; accepts {what}")
 

@@ -158,7 +158,7 @@ def _children(module: nn.Module) -> tuple[str, ...]:
     """Names of the submodules that a forward may call or iterate over: the children, and what lists of them hold."""
     names: list[str] = []
     for name, child in module._modules.items():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             names += [f"{name}.{inner}" for inner in _children(child)]
         elif child is not None:
             names.append(name)
@@ -207,10 +207,12 @@ def fuse(module: nn.Module, norms: set[nn.Module], called: str) -> tuple[Fusion 
         graph, other = (_record(module, parameters, everything) for everything in (True, False))
         if graph.python_code("self").src != other.python_code("self").src:
             raise _Unrecordable("it is not the same in training and in evaluation, or with and without gradients")
+        sites, left = _rewrite(graph, module, norms, called)
+        if sites:
+            fused_class(kind)  # made here, as a class may refuse to have subclasses
     except Exception as error:  # the forward is anybody's code, run on stand-ins for tensors: anything may come
         why = str(error).strip().partition("\n")[0] if isinstance(error, _Unrecordable) else _shortened(error)
         return None, {norm: f"{called} cannot be recorded: {why}" for norm in module.modules() if norm in norms}
-    sites, left = _rewrite(graph, module, norms, called)
     if not sites:
         return None, left
     ignored = {*vars(nn.Module()), ORIGINAL, FUSION, "_compiled_call_impl"}
@@ -431,8 +433,9 @@ def _find(norm: fx.Node, module: nn.Module) -> str | tuple[fx.Node | None, fx.No
     if not _is_relu(relu, module):
         what = relu.target if isinstance(relu.target, str) else getattr(relu.target, "__name__", str(relu.target))
         kind = f" ({type(module.get_submodule(what)).__name__})" if relu.op == "call_module" else ""
-        hooks = ", which has hooks or a forward of its own," if kind == " (ReLU)" else ""
-        return f"followed by {what}{kind}{hooks} and not by a ReLU"
+        if kind == " (ReLU)":
+            return f"the ReLU after it, {what}, has hooks or a forward of its own"
+        return f"followed by {what}{kind} and not by a ReLU"
     # The batch norm moves to where the ReLU is: nothing between may touch its running statistics, or write to its
     # input, under whichever name. What a convolution returned and only the batch norm took has no other name.
     between = [node for node in _between(norm, relu) if node is not total]

@@ -2,12 +2,14 @@
 #include <ATen/autocast_mode.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <sstream>
 #include <string>
 
 #include "tensors.h"
+#if defined(CONVKIT_CUDA)
+#include "../cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -121,11 +123,21 @@ PYBIND11_MODULE(_C, m) {
         "The kernel, tile, blocks and workspace planned for a problem such as n8c64h56w56k64r3s3u1p1d1g1_f32_nhwc; pass_ is fprop, dgrad or wgrad.");
   m.def("build_info", [] {
     py::dict out;
-    out["compiler"] = "g++ " __VERSION__;
-    out["torch"] = TORCH_VERSION;
+    out["convkit"] = CONVKIT_VERSION;
+    out["compiler"] = CONVKIT_COMPILER;
+    out["torch"] = CONVKIT_TORCH_VERSION;
     out["isas"] = convkit::words(convkit::cpu::compiled_isas());
-#if defined(CONVKIT_CUDA_ARCHES)
+#if defined(CONVKIT_CUDA)
     out["cuda_arches"] = CONVKIT_CUDA_ARCHES;
+    for (int i = 0; i < convkit::cuda::device_count(); ++i) {
+      convkit::cuda::DeviceFacts d;
+      const char* error = convkit::cuda::query_device(i, &d);
+      std::string text = error != nullptr ? std::string(error)
+                                          : std::string(d.name) + ", sm_" + std::to_string(d.major) + std::to_string(d.minor) + ", " +
+                                                std::to_string(d.multiprocessors) + " multiprocessors, " + std::to_string(d.shared_bytes_per_block >> 10) +
+                                                " KiB of shared memory a block, " + std::to_string(d.l2_bytes >> 20) + " MiB of L2";
+      out[("cuda device " + std::to_string(i)).c_str()] = text;
+    }
 #else
     out["cuda_arches"] = "none (CPU only)";
 #endif

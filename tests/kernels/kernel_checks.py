@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import convkit.functional as CF
 import torch
+from torch import Tensor
+
+import convkit.functional as CF
 from convkit import reference
 from convkit.bench.problems import BatchNormProblem, ConvProblem
-from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -226,7 +227,9 @@ def small_samples(
     )
     for name in ("conv2d", "conv_transpose2d", "separable_conv2d", "im2col", "col2im"):
         tensors = samples[name].tensors
-        samples[f"{name} unbatched"] = dataclasses.replace(samples[name], tensors=tensors | {"input": tensors["input"][0]})
+        samples[f"{name} unbatched"] = dataclasses.replace(
+            samples[name], tensors=tensors | {"input": tensors["input"][0]}
+        )
     for padding in ("same", "valid"):
         sample = conv_sample(conv("n1c3h5w8k2r2s4d1x2"), generator)
         samples[f"conv2d {padding}"] = dataclasses.replace(sample, options=sample.options | {"padding": padding})
@@ -314,18 +317,24 @@ def check_accuracy(
         )
         for name, right in want.items():
             value = got[name]
-            assert value.shape == right.shape, f"{sample}: {name} has shape {tuple(value.shape)}, not {tuple(right.shape)}"
+            assert value.shape == right.shape, (
+                f"{sample}: {name} has shape {tuple(value.shape)}, not {tuple(right.shape)}"
+            )
             assert value.dtype == peer[name].dtype, f"{sample}: {name} has dtype {value.dtype}, not {peer[name].dtype}"
             ours[name] = max(ours.get(name, 0.0), largest_difference(value, right))
             peers[name] = max(peers.get(name, 0.0), largest_difference(peer[name], right))
             count[name] = count.get(name, 0) + right.numel()
             largest = right.abs().max().item() if right.numel() else 0.0
-            floors[name] = max(floors.get(name, 0.0), _roundings(sample, value) * torch.finfo(value.dtype).eps / 2 * largest)
+            floors[name] = max(
+                floors.get(name, 0.0), _roundings(sample, value) * torch.finfo(value.dtype).eps / 2 * largest
+            )
         # A NaN fails, so the comparison is this way round.
         bad = [name for name in want if not ours[name] <= 2 * peers[name] + floors[name]]
         if all(count[name] >= _ENOUGH_ELEMENTS for name in bad):
             break
-    lines = [f"{name}: error {ours[name]:.3g}, PyTorch's {peers[name]:.3g}, one rounding {floors[name]:.3g}" for name in bad]
+    lines = [
+        f"{name}: error {ours[name]:.3g}, PyTorch's {peers[name]:.3g}, one rounding {floors[name]:.3g}" for name in bad
+    ]
     assert not bad, f"{sample}\n" + "\n".join(lines)
 
 
@@ -339,7 +348,9 @@ def _upstream(sample: Sample, exact: Sample, seed: int) -> Tensor:
     with torch.no_grad():
         shape = (y := (exact.before_relu or (lambda s: s(reference)))(exact)).shape
     dtype = sample.tensors["input"].dtype
-    grad = on_grid(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(99 + seed)).to(dtype))
+    grad = on_grid(
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(99 + seed)).to(dtype)
+    )
     if sample.before_relu and y.numel() and (dtype != torch.float64 or sample.op == "batch_norm_relu"):
         grad = grad.masked_fill(y.abs() < 8 * torch.finfo(dtype).eps * y.abs().max(), 0)
     return grad.contiguous(memory_format=torch.channels_last) if _is_channels_last(y) else grad

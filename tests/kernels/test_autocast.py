@@ -1,10 +1,11 @@
 """Autocast on the CPU: the dtypes of outputs and gradients are PyTorch's."""
 
-import convkit.functional as CF
 import pytest
 import torch
-from convkit import reference
 from kernel_checks import Sample, small_samples
+
+import convkit.functional as CF
+from convkit import reference
 
 NAMES = (
     "conv2d",

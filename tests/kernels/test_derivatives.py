@@ -3,11 +3,8 @@
 import dataclasses
 import itertools
 
-import convkit.functional as CF
 import pytest
 import torch
-from convkit import reference
-from convkit.bench.problems import BatchNormProblem, ConvProblem
 from kernel_checks import (
     Sample,
     batch_norm_sample,
@@ -17,6 +14,10 @@ from kernel_checks import (
     transpose_sample,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import convkit.functional as CF
+from convkit import reference
+from convkit.bench.problems import BatchNormProblem, ConvProblem
 
 SAMPLES = small_samples()
 
@@ -209,7 +210,9 @@ def test_conv2d_keeps_nothing_twice():
     assert kept_bytes(sample) <= x.nbytes + w.nbytes + 64
 
 
-@pytest.mark.parametrize("name", ("conv2d", "batch_norm_relu training residual", "separable_conv2d", "conv_transpose2d"))
+@pytest.mark.parametrize(
+    "name", ("conv2d", "batch_norm_relu training residual", "separable_conv2d", "conv_transpose2d")
+)
 def test_backward_twice(name: str):
     """Nothing that the backward pass needs is consumed by it."""
     sample = SAMPLES[name]

@@ -1,10 +1,7 @@
 """Memory formats and strides: PyTorch's own, for every combination of layouts and dtypes."""
 
-import convkit.functional as CF
 import pytest
 import torch
-from convkit import reference
-from convkit.bench.problems import BatchNormProblem, ConvProblem
 from kernel_checks import (
     DTYPES,
     LAYOUTS,
@@ -15,6 +12,10 @@ from kernel_checks import (
     separable_sample,
     transpose_sample,
 )
+
+import convkit.functional as CF
+from convkit import reference
+from convkit.bench.problems import BatchNormProblem, ConvProblem
 
 NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CONVOLUTIONS = {

@@ -328,8 +328,12 @@ def test_layers_called_from_further_up():
     assert fused(model) == ["features.1", "more.norm"] and fused(model.features) == ["1"]
     assert row(report, "features.1").replaced_by == "BatchNormReLU2d, in the model's forward"
     assert_same_behaviour(model, reference, images())
-    model.more["next"] = reference.more["next"] = nn.Tanh()
-    assert_same_behaviour(model, reference, images())
+    for change in (lambda m: m.features.append(nn.Tanh()), lambda m: m.more.update({"next": nn.Tanh()})):
+        change(model)
+        change(reference)
+        assert_same_behaviour(model, reference, images())
+        convkit.swap(model)
+        assert_same_behaviour(model, reference, images())
 
 
 class Shares(nn.Module):
@@ -409,6 +413,14 @@ class NeedsAName(Various):
         return F.relu(self.bn(x))
 
 
+class HasNoSubclasses(Various):
+    def forward(self, x):
+        return F.relu(self.bn(x))
+
+    def __init_subclass__(cls):
+        raise TypeError("final")
+
+
 class CopiesItself(Various):
     def forward(self, x):
         return F.relu(self.bn(x))
@@ -422,6 +434,7 @@ class CopiesItself(Various):
     [
         (Various, r"takes any number of arguments \(\*values\)"),
         (NeedsAName, "x must be given by name"),
+        (HasNoSubclasses, "TypeError: final"),
         (CopiesItself, r"copied or pickled in its own way \(__deepcopy__\)"),
         (lambda: torch.fx.symbolic_trace(Untraceable().features), r"own way \(__reduce__\)|own way \(__deepcopy__\)"),
     ],

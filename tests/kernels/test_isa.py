@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from convkit import _C
 
 OTHERS = [isa for isa in _C.available_isas() if isa != _C.isa()]

@@ -7,11 +7,8 @@ import dataclasses
 import itertools
 import zlib
 
-import convkit
 import pytest
 import torch
-from convkit import reference
-from convkit.bench.problems import TEST_BATCH_NORM_PROBLEMS, TEST_PROBLEMS, ConvProblem
 from kernel_checks import (
     LAYOUTS,
     batch_norm_sample,
@@ -23,6 +20,10 @@ from kernel_checks import (
     small_samples,
     transpose_sample,
 )
+
+import convkit
+from convkit import reference
+from convkit.bench.problems import TEST_BATCH_NORM_PROBLEMS, TEST_PROBLEMS, ConvProblem
 
 DTYPES = ("f64", "f32", "bf16", "f16")
 FORMS = [{"dtype": dtype, "layout": layout} for dtype, layout in itertools.product(DTYPES, ("nchw", "nhwc"))]
@@ -106,7 +107,9 @@ def test_options(name: str, dtype: str):
     "make",
     (
         lambda g, **form: conv_sample(ConvProblem.parse("n2c17h7w6k18r3s3p1").replace(**form), g),
-        lambda g, **form: conv_sample(ConvProblem.parse("n2c18h7w6k18r3s3u2p1g18").replace(**form), g, activation="relu"),
+        lambda g, **form: conv_sample(
+            ConvProblem.parse("n2c18h7w6k18r3s3u2p1g18").replace(**form), g, activation="relu"
+        ),
         lambda g, **form: conv_sample(ConvProblem.parse("n2c6h6w7k9r2s3p0x1x1x0d1x2g3").replace(**form), g),
         lambda g, **form: conv_sample(ConvProblem.parse("n3c8h3w3k6r1s1").replace(**form), g),
         lambda g, **form: conv_sample(ConvProblem.parse("n2c1h7w7k5r5s5u2p2").replace(**form), g),

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from convkit import _C
 from convkit.bench.problems import (
     TEST_BATCH_NORM_PROBLEMS,
@@ -9,8 +12,6 @@ from convkit.bench.problems import (
     BatchNormProblem,
     ConvProblem,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 sizes = st.integers(1, 300)
 

@@ -4,8 +4,6 @@ import threading
 
 import pytest
 import torch
-from convkit.bench.problems import BatchNormProblem, ConvProblem
-from convkit import functional as CF
 from kernel_checks import (
     Sample,
     batch_norm_sample,
@@ -15,6 +13,9 @@ from kernel_checks import (
     separable_sample,
     transpose_sample,
 )
+
+from convkit import functional as CF
+from convkit.bench.problems import BatchNormProblem, ConvProblem
 
 CONVOLUTIONS = (
     "n3c17h13w12k33r3s3p1",

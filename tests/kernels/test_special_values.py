@@ -2,11 +2,8 @@
 
 import itertools
 
-import convkit.functional as CF
 import pytest
 import torch
-from convkit import reference
-from convkit.bench.problems import BatchNormProblem, ConvProblem
 from kernel_checks import (
     Sample,
     batch_norm_sample,
@@ -17,6 +14,10 @@ from kernel_checks import (
     transpose_sample,
 )
 
+import convkit.functional as CF
+from convkit import reference
+from convkit.bench.problems import BatchNormProblem, ConvProblem
+
 NAN, INF = float("nan"), float("inf")
 DTYPES = ("f64", "f32", "bf16", "f16")
 
@@ -24,7 +25,9 @@ DTYPES = ("f64", "f32", "bf16", "f16")
 def assert_same_kind(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     """NaN where PyTorch has NaN, the same infinity where it has one, and close elsewhere."""
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[ours.dtype]
-    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        ours, theirs, equal_nan=True, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def samples(dtype: str, layout: str) -> dict[str, Sample]:
@@ -91,7 +94,9 @@ def test_relu_of_nan_is_nan_and_lets_the_gradient_through():
     one = torch.ones(1, 1, 1, 1)
     for sample in (
         Sample("conv2d", {"input": x, "weight": one}, {"activation": "relu"}),
-        Sample("separable_conv2d", {"input": x, "depthwise_weight": one, "pointwise_weight": one}, {"activation": "relu"}),
+        Sample(
+            "separable_conv2d", {"input": x, "depthwise_weight": one, "pointwise_weight": one}, {"activation": "relu"}
+        ),
     ):
         ours, theirs = sample.evaluate(CF), sample.evaluate(reference)
         assert ours["output"].flatten().tolist()[1:] == [0.0, 0.0, 0.0, 1.0, INF, 0.0]
@@ -153,7 +158,9 @@ def empty_samples() -> dict[str, Sample]:
         "no images, channels_last": Sample(
             "conv2d", {"input": x.to(memory_format=torch.channels_last), "weight": w}, {"padding": ((0, 1), (2, 0))}
         ),
-        "no channels": Sample("conv2d", {"input": torch.randn(2, 0, 7, 5), "weight": torch.randn(6, 0, 3, 3), "bias": b}),
+        "no channels": Sample(
+            "conv2d", {"input": torch.randn(2, 0, 7, 5), "weight": torch.randn(6, 0, 3, 3), "bias": b}
+        ),
         "no channels, unbatched": Sample("conv2d", {"input": torch.randn(0, 7, 5), "weight": torch.randn(6, 0, 3, 3)}),
         "no images, transposed": Sample(
             "conv_transpose2d", {"input": x, "weight": w.transpose(0, 1), "bias": b}, {"stride": 2, "output_padding": 1}
@@ -171,7 +178,9 @@ def empty_samples() -> dict[str, Sample]:
         "no rows, batch norm": Sample("batch_norm_relu", {"input": torch.randn(2, 4, 0, 5), **norm}, none),
         "no channels, batch norm": Sample("batch_norm_relu", {"input": torch.randn(2, 0, 3, 3)}, none),
         "no images, im2col": Sample("im2col", {"input": x}, {"kernel_size": 3}),
-        "no images, col2im": Sample("col2im", {"input": torch.randn(0, 36, 15)}, {"output_size": (7, 5), "kernel_size": 3}),
+        "no images, col2im": Sample(
+            "col2im", {"input": torch.randn(0, 36, 15)}, {"output_size": (7, 5), "kernel_size": 3}
+        ),
     }
 
 

@@ -1,12 +1,13 @@
 """The operators as torch.library, torch.compile and torch.export see them."""
 
-import convkit.functional as CF
 import pytest
 import torch
-from convkit import reference
 from kernel_checks import DTYPES, LAYOUTS, Sample, small_samples
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import convkit.functional as CF
+from convkit import reference
 
 ops = torch.ops.convkit
 NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -47,7 +48,9 @@ def is_part_of(name: str, operator: str) -> bool:
 
 
 def test_every_operator_is_covered():
-    declared = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "convkit::" in name}
+    declared = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "convkit::" in name
+    }
     assert {name.split(" ")[-1] for name in CALLS} == declared
 
 
@@ -215,12 +218,16 @@ def test_export_with_a_dynamic_batch():
     module = torch.nn.Module()
     weight = torch.randn(6, 4, 3, 3)
     module.forward = lambda x: CF.conv2d(x, weight, padding=1, activation="relu")
-    program = torch.export.export(module, (torch.randn(2, 4, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n", max=64)},))
+    program = torch.export.export(
+        module, (torch.randn(2, 4, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n", max=64)},)
+    )
     x = torch.randn(5, 4, 8, 8)
     assert torch.equal(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize("name", ("conv2d relu", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d"))
+@pytest.mark.parametrize(
+    "name", ("conv2d relu", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d")
+)
 def test_vmap(name: str):
     """torch.func: a loop over the first dimension where there is nothing better, and per-sample gradients."""
     sample = small_samples("f64")[name]

@@ -1,0 +1,23 @@
+// What the planner and a bug report need to know of a GPU. No torch here: the kernels that will stand beside this file
+// (conv_simt.cu, conv_sm80.cu, conv_sm90a.cu, depthwise.cu, batch_norm_relu.cu, im2col.cu) compile where only nvcc is.
+#pragma once
+
+#include <cstdint>
+
+namespace convkit::cuda {
+
+struct DeviceFacts {
+  char name[256];
+  int major, minor;               // compute capability
+  int multiprocessors;
+  int64_t shared_bytes_per_block; // with opt-in
+  int64_t l2_bytes;
+};
+
+// Devices the driver shows; 0 where there is no driver.
+int device_count();
+
+// Fills `facts`; returns null, or what the runtime says is wrong.
+const char* query_device(int index, DeviceFacts* facts);
+
+}  // namespace convkit::cuda
