@@ -35,6 +35,7 @@ struct RowsPlan {
   int64_t group_columns;    // output channels of a group
   int vectors, rows;        // register tile: rows x (vectors * lanes)
   int64_t column_tiles;     // of a group
+  int64_t chain;            // products summed before they are added to a total
   int64_t images_per_chunk;
   int64_t tiles_per_block;  // row tiles whose pointer table a task makes at once
   Piece panels, zeros, src, dst, tables;
@@ -49,6 +50,7 @@ struct OuterPlan {
   int64_t group_rows;       // filters of a group
   int vectors, rows;
   int64_t row_tiles, column_tiles;
+  int64_t chain;            // pixels summed before they are added to the sums in memory
   int64_t images_per_chunk, rows_per_block;
   Piece sums, x, grad;
 };

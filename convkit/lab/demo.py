@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,28 +93,36 @@ def _recipe(model: str, data_set: str, seed: int, epochs: int | None) -> Recipe:
 
 def step_times(
     networks: Sequence[nn.Module],
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     recipe: Recipe,
     *,
     repeats: int,
     warm_up: int = 5,
 ) -> list[list[float]]:
-    """Seconds of each of ``repeats`` training steps (forward, loss, backward, optimizer) on one batch, per network.
+    """Seconds of each of ``repeats`` training steps (forward, loss, backward, optimizer), per network.
 
     The networks take turns, A B A B …, so that whatever else the machine does meanwhile falls on all of them alike.
+    ``batches`` should not repeat: a network that knows its one batch by heart has gradients so small that they are
+    denormal numbers, with which a CPU counts ten times slower, whatever the kernels.
     """
     optimizers = [train.make_optimizer(network, recipe) for network in networks]
     times: list[list[float]] = [[] for _ in networks]
-    for repeat in range(warm_up + repeats):
+    for number, (images, labels) in enumerate(itertools.islice(batches, warm_up + repeats)):
         for network, optimizer, mine in zip(networks, optimizers, times, strict=True):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             train.classify(network, images, labels).loss.backward()
             optimizer.step()
-            if repeat >= warm_up:
+            if number >= warm_up:
                 mine.append(time.perf_counter() - started)
     return times
+
+
+def _full_batches(split: data.Split, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Shuffled batches of one size, epoch after epoch without end."""
+    for epoch in itertools.count(1):
+        order = data.epoch_order(len(split), 0, epoch)
+        yield from split.batches(size, order[: len(split) // size * size])
 
 
 def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
@@ -125,13 +134,14 @@ def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
         networks[backend] = models.build(recipe.model, backend=backend)
     if not any(type(module).__module__.startswith("convkit.nn") for module in networks["convkit"].modules()):
         del networks["convkit"]  # nothing in it that convkit has a kernel for: both would be the same code
-    images, labels = next(digits.train.batches(recipe.batch_size))
-    times = step_times(list(networks.values()), images, labels, recipe, repeats=pairs)
-    speed: dict[str, Any] = {"batch_size": len(labels), "repeats": pairs, "threads": torch.get_num_threads()}
+    size = min(recipe.batch_size, len(digits.train))
+    batches = _full_batches(digits.train, size)
+    times = step_times(list(networks.values()), batches, recipe, repeats=pairs)
+    speed: dict[str, Any] = {"batch_size": size, "repeats": pairs, "threads": torch.get_num_threads()}
     for backend, seconds in zip(networks, times, strict=True):
         low, median, high = statistics.quantiles(seconds, n=4)
         speed[backend] = {
-            "images_per_second": round(len(labels) / median, 1),
+            "images_per_second": round(size / median, 1),
             "median_ms": round(1e3 * median, 4),
             "quartiles_ms": [round(1e3 * low, 4), round(1e3 * high, 4)],
         }

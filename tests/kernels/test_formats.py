@@ -35,6 +35,12 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thousands of tiny calls: waking a second thread takes longer than they do."""
+    torch.set_num_threads(1)
+
+
 def strides(t: torch.Tensor) -> list[int]:
     """Strides of the dimensions that have any: that of a dimension of size 1 says nothing."""
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]

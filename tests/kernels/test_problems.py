@@ -72,7 +72,7 @@ def test_parts_that_may_be_left_out(text: str, full: str | None):
         ("32c64", r"expected 'n'.*'32c64'"),
         ("n1", r"expected 'c' \(channels\) in|expected 'c'"),
         ("n1c2h3w4k5r6", "expected 's'"),
-        ("nxc2", r"character 2: expected a number after 'n'.*'xc2'"),
+        ("nxc2", r"character 1: expected a number after 'n'.*'xc2'"),
         ("n-1c2h3w4k5r1s1", "expected a number after 'n'.*'-1"),
         ("n1c2h3w4k5r1s1u", "expected a number after 'u'.*the end"),
         ("n1c2h3w4k5r1s1u1x2x3", "'u' .stride. takes 1 or 2 numbers, but got 3: '1x2x3'"),

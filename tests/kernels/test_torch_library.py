@@ -33,7 +33,7 @@ def operator_calls(dtype: str = "f32", layout: str = "nchw") -> dict[str, tuple]
         leaves = {key: t.detach().requires_grad_() for key, t in sample.tensors.items()}
         with Record() as record:
             y = sample(CF, **leaves)
-            grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y), create_graph=True)
+            grads = torch.autograd.grad((y**2).sum(), list(leaves.values()), create_graph=True)
             torch.autograd.grad(sum((g**2).sum() for g in grads), list(leaves.values()), allow_unused=True)
         for i, (function, args) in enumerate(record.calls):
             calls[f"{name} {i} {function._schema.name.split('::')[1]}"] = function, args

@@ -1,20 +1,26 @@
 """The `convkit` command as a user meets it."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import convkit
 from convkit import cli
 from convkit.lab import demo, models, recipes
 
+# For commands that start elsewhere: the convkit of this process, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(convkit.__file__).parents[1])}
 
-def convkit(capsys, *arguments):
+
+def run(capsys, *arguments):
     """(exit status, stdout, stderr) of the command."""
     with pytest.raises(SystemExit) as ended:
         cli.main(list(arguments))
@@ -23,7 +29,7 @@ def convkit(capsys, *arguments):
 
 
 def test_demo_quick(capsys, tmp_path):
-    status, out, err = convkit(capsys, "demo", "--quick", "--out", str(tmp_path), "--threads", "1")
+    status, out, err = run(capsys, "demo", "--quick", "--out", str(tmp_path), "--threads", "1")
     assert status == 0 and err == ""
     assert "digits5k" in out and "1 thread" in out and "kernels" in out
     for name, count in (("FC64", "50,890"), ("FC256-FC256", "269,322"), ("SimpLeNet", "233,196")):
@@ -54,9 +60,18 @@ def test_the_networks_take_turns():
 
     networks = [Noting(4, 3), Noting(4, 5)]
     recipe = recipes.recipe("fc64-digits5k")
-    times = demo.step_times(networks, torch.rand(2, 4), torch.tensor([0, 1]), recipe, repeats=4, warm_up=2)
+    batches = itertools.repeat((torch.rand(2, 4), torch.tensor([0, 1])))
+    times = demo.step_times(networks, batches, recipe, repeats=4, warm_up=2)
     assert order == [3, 5] * 6
     assert [len(mine) for mine in times] == [4, 4] and min(map(min, times)) > 0
+
+
+def test_timing_sees_full_batches_that_do_not_repeat(few):
+    batches = itertools.islice(demo._full_batches(few.train, 64), 5)  # three an epoch
+    images = [images for images, _ in batches]
+    assert {len(batch) for batch in images} == {64}
+    assert len({row.numpy().tobytes() for batch in images[:3] for row in batch}) == 192
+    assert not torch.equal(images[0], images[3])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +89,7 @@ def test_the_networks_take_turns():
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
-    status, _, err = convkit(capsys, *arguments)
+    status, _, err = run(capsys, *arguments)
     assert status == 2
     assert err.startswith("convkit: ") and err.count("\n") == 1 and message in err
 
@@ -83,38 +98,38 @@ def test_broken_data_is_one_line_and_status_2(capsys, tmp_path, monkeypatch):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\x08")
     monkeypatch.setenv("CONVKIT_DATA", str(tmp_path))
-    status, _, err = convkit(capsys, "demo")
+    status, _, err = run(capsys, "demo")
     assert status == 2 and err.count("\n") == 1 and "train-images-idx3-ubyte: 3 bytes, too short" in err
 
 
 def test_a_run_that_fails_is_one_line_and_status_1(capsys, tmp_path, monkeypatch):
     hot = {name: recipes.dataclasses.replace(r, learning_rate=1e30) for name, r in recipes.RECIPES.items()}
     monkeypatch.setattr(recipes, "RECIPES", hot)
-    status, _, err = convkit(capsys, "demo", "--quick", "--epochs", "5", "--out", str(tmp_path))
+    status, _, err = run(capsys, "demo", "--quick", "--epochs", "5", "--out", str(tmp_path))
     assert status == 1 and err.count("\n") == 1 and "learning rate 1e+30" in err
 
 
 def test_models_lists_the_registry(capsys):
-    status, out, _ = convkit(capsys, "models")
+    status, out, _ = run(capsys, "models")
     assert status == 0
     assert all(name in out for name in models.MODELS) and "233,196" in out
 
 
 def test_info(capsys):
-    status, out, _ = convkit(capsys, "info")
+    status, out, _ = run(capsys, "info")
     assert status == 0 and torch.__version__ in out
 
 
 def test_help(capsys):
-    status, out, err = convkit(capsys)
+    status, out, err = run(capsys)
     assert status == 2 and "demo" in out + err
-    assert convkit(capsys, "demo", "--help")[0] == 0
+    assert run(capsys, "demo", "--help")[0] == 0
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "mlxtend"])
 def test_a_missing_package_is_one_line(package, tmp_path):
     code = f"import sys; sys.modules[{package!r}] = None; from convkit.cli import main; main(['demo', '--quick'])"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert package in ended.stderr and "pip install --no-build-isolation 'convkit[lab]'" in ended.stderr
@@ -123,7 +138,8 @@ def test_a_missing_package_is_one_line(package, tmp_path):
 
 def test_ctrl_c_says_where_the_files_are(tmp_path):
     command = [sys.executable, "-u", "-m", "convkit.cli", "demo", "--quick", "--epochs", "100000", "--out", "here"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, cwd=tmp_path, env=ENVIRONMENT, **pipes)
     try:
         for line in process.stdout:
             if "epoch  2/" in line:

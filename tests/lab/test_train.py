@@ -77,10 +77,12 @@ def test_fit_never_reads_the_test_pictures(few, tmp_path):
     fit(blind, tmp_path, dataclasses.replace(RECIPE, epochs=1))
 
 
-def test_the_seed_decides_everything(few, tmp_path):
-    first, again = (fit(few, tmp_path)[0].state_dict() for _ in range(2))
+@pytest.mark.parametrize(("model", "backend"), [("fc64", "torch"), ("simplenet", "convkit")])
+def test_the_seed_decides_everything(few, tmp_path, model, backend):
+    recipe = dataclasses.replace(RECIPE, model=model, backend=backend, epochs=2)
+    first, again = (fit(few, tmp_path, recipe)[0].state_dict() for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
-    other = fit(few, tmp_path, dataclasses.replace(RECIPE, seed=1))[0].state_dict()
+    other = fit(few, tmp_path, dataclasses.replace(recipe, seed=1))[0].state_dict()
     assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
 
 

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kMaxPieces = 256;       // partial sums a channel
 constexpr int64_t kPieceElements = 4096;  // of a contiguous plane, summed at once in the arithmetic's type
+constexpr int64_t kChain = 16;            // terms summed in the arithmetic's type before they go to a sum in double
 constexpr int64_t kRows = 64;             // of a channels-last block: 64 rows x 4 vectors stay in the first-level cache
 constexpr int kGroup = 4;                 // vectors of channels whose sums are held in registers together
 
@@ -55,6 +56,13 @@ template <class T> CONVKIT_INLINE double horizontal_sum(vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) sum += double(v[i]);
   return sum;
 }
+
+// The lanes of a vector, summed in double.
+template <class T> struct DoubleSum {
+  typedef double wide __attribute__((vector_size(kLanes<T> * 8), may_alias));
+  wide of;
+  CONVKIT_INLINE void add(vec<T> v) { of += __builtin_convertvector(v, wide); }
+};
 
 // Lane i set where bit j + i of a row's mask is.
 template <class T> CONVKIT_INLINE typename VecOf<T>::mask read_mask(const uint8_t* row, int64_t j, int lanes) {
@@ -130,26 +138,33 @@ CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels
           int vectors = int(min_of<int64_t>(kGroup, ceil_div(s.c - j, L)));
           for (int v = 0; v < vectors; ++v)
             CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[v][i] = load(channels.of[i] + j + v * L);
-          vec<T> sum[kGroup][N] = {};
+          DoubleSum<T> total[kGroup][N] = {};
           auto lanes_of = [&](int v) { return int(min_of<int64_t>(L, s.c - j - v * L)); };
-          if (vectors == kGroup && lanes_of(kGroup - 1) == L) {
-            for (int64_t row = first; row < last; ++row)
-              CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                vec<T> out[N];
-                term(row, j + v * L, L, k[v], out);
-                CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
-              }
-          } else {
-            for (int64_t row = first; row < last; ++row)
-              for (int v = 0; v < vectors; ++v) {
-                vec<T> out[N];
-                term(row, j + v * L, lanes_of(v), k[v], out);
-                CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
-              }
+          bool whole = vectors == kGroup && lanes_of(kGroup - 1) == L;
+          for (int64_t row = first; row < last;) {
+            int64_t end = min_of(last, row + kChain);
+            vec<T> sum[kGroup][N] = {};
+            if (whole) {
+              for (; row < end; ++row)
+                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
+                  vec<T> out[N];
+                  term(row, j + v * L, L, k[v], out);
+                  CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
+                }
+            } else {
+              for (; row < end; ++row)
+                for (int v = 0; v < vectors; ++v) {
+                  vec<T> out[N];
+                  term(row, j + v * L, lanes_of(v), k[v], out);
+                  CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
+                }
+            }
+            CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v)
+              CONVKIT_UNROLL for (int n = 0; n < N; ++n) total[v][n].add(sum[v][n]);
           }
           for (int v = 0; v < vectors; ++v)
             for (int n = 0; n < N; ++n)
-              for (int i = 0; i < lanes_of(v); ++i) partial[(piece * N + n) * s.c + j + v * L + i] = double(sum[v][n][i]);
+              for (int i = 0; i < lanes_of(v); ++i) partial[(piece * N + n) * s.c + j + v * L + i] = total[v][n].of[i];
         }
       }
     });
@@ -159,27 +174,35 @@ CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels
         int64_t piece = task / s.c, c = task % s.c;
         vec<T> k[K];
         CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = broadcast(channels.of[i][c]);
-        double total[N] = {};
+        DoubleSum<T> lanes_total[N] = {};
         for (int64_t n = piece * pieces.rows; n < min_of(s.n, (piece + 1) * pieces.rows); ++n)
           for (int64_t first = 0; first < s.hw; first += kPieceElements) {
             int64_t row = n * s.c + c, last = min_of(s.hw, first + kPieceElements), j = first;
-            vec<T> sum[kGroup][N] = {};
-            for (; j + kGroup * L <= last; j += kGroup * L)
-              CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                vec<T> out[N];
-                term(row, j + v * L, L, k, out);
-                CONVKIT_UNROLL for (int i = 0; i < N; ++i) sum[v][i] += out[i];
-              }
+            while (j + kGroup * L <= last) {
+              vec<T> sum[kGroup][N] = {};
+              int64_t end = min_of(last, j + kChain * kGroup * L);
+              for (; j + kGroup * L <= end; j += kGroup * L)
+                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
+                  vec<T> out[N];
+                  term(row, j + v * L, L, k, out);
+                  CONVKIT_UNROLL for (int i = 0; i < N; ++i) sum[v][i] += out[i];
+                }
+              CONVKIT_UNROLL for (int i = 0; i < N; ++i)
+                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) lanes_total[i].add(sum[v][i]);
+            }
             for (; j < last; j += L) {
               vec<T> out[N];
               int lanes = int(min_of<int64_t>(L, last - j));
               if (lanes == L) term(row, j, L, k, out);
               else term(row, j, lanes, k, out);
-              CONVKIT_UNROLL for (int i = 0; i < N; ++i) sum[0][i] += out[i];
+              CONVKIT_UNROLL for (int i = 0; i < N; ++i) lanes_total[i].add(out[i]);
             }
-            for (int i = 0; i < N; ++i) total[i] += horizontal_sum<T>((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]));
           }
-        for (int i = 0; i < N; ++i) partial[(piece * N + i) * s.c + c] = total[i];
+        for (int i = 0; i < N; ++i) {
+          double total = 0;
+          for (int l = 0; l < L; ++l) total += lanes_total[i].of[l];
+          partial[(piece * N + i) * s.c + c] = total;
+        }
       }
     });
   }
@@ -203,7 +226,8 @@ struct Moments {
   }
 };
 
-// Mean and squared deviations of short blocks that stay in the first-level cache while they are read twice.
+// Mean and squared deviations of short blocks that stay in the first-level cache while they are read twice. The
+// deviations' own sum, zero but for rounding, corrects both (Chan, Golub and LeVeque 1983, equation 1.7).
 template <class S> void moments(const ChannelShape& s, const S* x, Moments* partial, const Pool& pool) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>;
@@ -219,7 +243,7 @@ template <class S> void moments(const ChannelShape& s, const S* x, Moments* part
           for (int64_t j = 0; j < s.c; j += L * kGroup) {
             int64_t count = min_of(kRows, last - i);
             int vectors = int(min_of<int64_t>(kGroup, ceil_div(s.c - j, L)));
-            vec<T> sum[kGroup] = {}, mean[kGroup], m2[kGroup] = {};
+            vec<T> sum[kGroup] = {}, mean[kGroup], slip[kGroup] = {}, m2[kGroup] = {};
             const S* block = x + i * s.c + j;
             if (j + L * kGroup <= s.c) {
               for (int64_t row = 0; row < count; ++row)
@@ -228,6 +252,7 @@ template <class S> void moments(const ChannelShape& s, const S* x, Moments* part
               for (int64_t row = 0; row < count; ++row)
                 CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
                   vec<T> d = load(block + row * s.c + v * L) - mean[v];
+                  slip[v] += d;
                   m2[v] += d * d;
                 }
             } else {
@@ -238,11 +263,15 @@ template <class S> void moments(const ChannelShape& s, const S* x, Moments* part
               for (int64_t row = 0; row < count; ++row)
                 for (int v = 0; v < vectors; ++v) {
                   vec<T> d = fetch(block + row * s.c + v * L, lanes_of(v)) - mean[v];
+                  slip[v] += d;
                   m2[v] += d * d;
                 }
             }
             for (int v = 0; v < vectors; ++v)
-              for (int l = 0; l < L && j + v * L + l < s.c; ++l) out[j + v * L + l].add(double(count), double(mean[v][l]), double(m2[v][l]));
+              for (int l = 0; l < L && j + v * L + l < s.c; ++l) {
+                double e = double(slip[v][l]) / double(count);
+                out[j + v * L + l].add(double(count), double(mean[v][l]) + e, double(m2[v][l]) - e * e * double(count));
+              }
           }
       }
     });
@@ -255,23 +284,27 @@ template <class S> void moments(const ChannelShape& s, const S* x, Moments* part
           for (int64_t first = 0; first < s.hw; first += kPieceElements) {
             const S* block = x + (n * s.c + c) * s.hw + first;
             int64_t count = min_of(kPieceElements, s.hw - first), whole = count / (kGroup * L) * (kGroup * L);
-            vec<T> sum[kGroup] = {}, m2[kGroup] = {};
+            vec<T> sum[kGroup] = {}, slip[kGroup] = {}, m2[kGroup] = {};
             for (int64_t j = 0; j < whole; j += kGroup * L)
               CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) sum[v] += load(block + j + v * L);
             for (int64_t j = whole; j < count; j += L) sum[0] += fetch(block + j, int(min_of<int64_t>(L, count - j)));
-            double mean_of_block = horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(count);
-            vec<T> mean = broadcast(T(mean_of_block));
+            T mean_of_block = T(horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(count));
+            vec<T> mean = broadcast(mean_of_block);
             for (int64_t j = 0; j < whole; j += kGroup * L)
               CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
                 vec<T> d = load(block + j + v * L) - mean;
+                slip[v] += d;
                 m2[v] += d * d;
               }
-            double rest = 0;
+            double rest = 0, rest_slip = 0;
             for (int64_t j = whole; j < count; ++j) {
-              double d = double(get(block + j)) - mean_of_block;
+              double d = double(get(block + j)) - double(mean_of_block);
+              rest_slip += d;
               rest += d * d;
             }
-            out.add(double(count), mean_of_block, rest + horizontal_sum<T>((m2[0] + m2[1]) + (m2[2] + m2[3])));
+            double e = (rest_slip + horizontal_sum<T>((slip[0] + slip[1]) + (slip[2] + slip[3]))) / double(count);
+            double squares = rest + horizontal_sum<T>((m2[0] + m2[1]) + (m2[2] + m2[3]));
+            out.add(double(count), double(mean_of_block) + e, squares - e * e * double(count));
           }
         partial[piece * s.c + c] = out;
       }
@@ -313,8 +346,9 @@ template <class S> struct BatchNorm {
     fill_zero(vectors, 6 * padded(s.c));
     for (int64_t c = 0; c < s.c; ++c) {
       mean[c] = m[c];
-      rstd[c] = T(1.0 / __builtin_sqrt(double(static_cast<const T*>(a.var)[c]) + a.eps));
-      alpha[c] = w == nullptr ? rstd[c] : rstd[c] * w[c];
+      double inverse = 1.0 / __builtin_sqrt(double(static_cast<const T*>(a.var)[c]) + a.eps);
+      rstd[c] = T(inverse);
+      alpha[c] = w == nullptr ? T(inverse) : T(inverse * double(w[c]));
       beta[c] = b == nullptr ? T(0) : b[c];
     }
   }

@@ -46,6 +46,7 @@ template <class T> struct OuterTile {
   const T *grad, *x;
   T* sums;           // [MR][row stride]
   int64_t row_stride;
+  int64_t chain;     // pixels summed before they are added to the sums
   int tail;          // valid lanes of the last vector
 };
 
@@ -53,7 +54,17 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
   constexpr int L = kLanes<T>;
   vec<T> acc[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
-    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = load(a.sums + m * a.row_stride + v * L);
+    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vec<T>{};
+  int64_t chain = 0;
+  auto flush = [&] {
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
+        T* sum = a.sums + m * a.row_stride + v * L;
+        store(sum, load(sum) + acc[m][v]);
+        acc[m][v] = vec<T>{};
+      }
+    chain = 0;
+  };
   int64_t grad_step = a.runs.grad_stride[2], x_step = a.runs.x_stride[2];
   // The last pixel's last vector may end beyond the tensor, so a partial vector is loaded as one.
   bool whole = a.tail == L;
@@ -61,29 +72,34 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
     for (int64_t j = 0; j < a.runs.count[1]; ++j) {
       const T* grad = a.grad + i * a.runs.grad_stride[0] + j * a.runs.grad_stride[1];
       const T* x = a.x + i * a.runs.x_stride[0] + j * a.runs.x_stride[1];
-      if (whole) {
-        for (int64_t k = 0; k < a.runs.count[2]; ++k, grad += grad_step, x += x_step) {
-          vec<T> lane[NV];
-          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) lane[v] = load(x + v * L);
-          CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-            vec<T> g = broadcast(grad[m]);
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+      for (int64_t done = 0; done < a.runs.count[2];) {
+        int64_t piece = min_of(a.chain, a.runs.count[2] - done);
+        if (chain + piece > a.chain && chain > 0) flush();
+        chain += piece;
+        done += piece;
+        if (whole) {
+          for (int64_t k = 0; k < piece; ++k, grad += grad_step, x += x_step) {
+            vec<T> lane[NV];
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) lane[v] = load(x + v * L);
+            CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+              vec<T> g = broadcast(grad[m]);
+              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+            }
           }
-        }
-      } else {
-        for (int64_t k = 0; k < a.runs.count[2]; ++k, grad += grad_step, x += x_step) {
-          vec<T> lane[NV];
-          CONVKIT_UNROLL for (int v = 0; v < NV - 1; ++v) lane[v] = load(x + v * L);
-          lane[NV - 1] = load_n(x + (NV - 1) * L, a.tail);
-          CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-            vec<T> g = broadcast(grad[m]);
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+        } else {
+          for (int64_t k = 0; k < piece; ++k, grad += grad_step, x += x_step) {
+            vec<T> lane[NV];
+            CONVKIT_UNROLL for (int v = 0; v < NV - 1; ++v) lane[v] = load(x + v * L);
+            lane[NV - 1] = load_n(x + (NV - 1) * L, a.tail);
+            CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+              vec<T> g = broadcast(grad[m]);
+              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+            }
           }
         }
       }
     }
-  CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
-    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) store(a.sums + m * a.row_stride + v * L, acc[m][v]);
+  flush();
 }
 
 template <class T> using OuterTileFn = void (*)(const OuterTile<T>&);
@@ -136,6 +152,7 @@ template <class S> struct Outer {
         tile.runs.merge();
         tile.grad = grad + rows.begin * grad_row + columns.begin * p.k + group * plan.group_rows + first_filter;
         tile.x = x + (rows.begin * p.stride_h + y0) * x_row + (columns.begin * p.stride_w + x0) * p.c + group * channels_of_group + first_depth;
+        tile.chain = plan.chain;
         tile.row_stride = plan.taps * plan.depth_padded;
         tile.sums = sums + (group * plan.group_rows + first_filter) * tile.row_stride + tap * plan.depth_padded + first_depth;
         tile.tail = int(depth - (vectors - 1) * L);

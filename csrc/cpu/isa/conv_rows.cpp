@@ -176,6 +176,7 @@ template <class S> struct Rows {
         in_table = block;
         RowsTile<T, D> tile;
         tile.depth = plan.depth;
+        tile.chain = plan.chain;
         tile.row_offset = plan.merge_taps ? 0 : group * src_channels_of_group;
         tile.panel = panels + (group * plan.column_tiles + tile_column) * panel_size;
         tile.dst_offset = group * plan.group_columns + tile_column * width;

@@ -114,8 +114,8 @@ template <class T> struct DepthwiseGradRun {
 };
 
 template <class T, int TAPS, bool WHOLE> __attribute__((noinline)) void depthwise_grad_run(const DepthwiseGradRun<T>& a) {
-  // Few taps mean few independent sums; two sets of them keep both multiply-add units busy.
-  constexpr int SETS = TAPS <= 4 ? 2 : 1;
+  // Two sets of sums: few taps alone would not keep both multiply-add units busy, and shorter chains round less.
+  constexpr int SETS = 2;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, a.lanes); };
   vec<T> sum[SETS][TAPS];
   CONVKIT_UNROLL for (int i = 0; i < SETS; ++i)
@@ -138,8 +138,7 @@ template <class T, int TAPS, bool WHOLE> __attribute__((noinline)) void depthwis
   }
   CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) {
     T* to = a.sums + s * a.sum_step;
-    vec<T> total = fetch(to) + sum[0][s];
-    if (SETS == 2) total += sum[SETS - 1][s];
+    vec<T> total = fetch(to) + (sum[0][s] + sum[1][s]);
     if (WHOLE) store(to, total);
     else store_n(to, total, a.lanes);
   }

@@ -28,6 +28,7 @@ template <class T, class S> struct RowsTile {
   const T* const* rows;   // [taps][MR]
   const int32_t* taps;    // which tap's weights each group of MR pointers meets
   int64_t tap_count, depth;
+  int64_t chain;          // products summed before they are added to a total
   int64_t row_offset;     // added to every pointer: the group's first channel
   const T* panel;         // [tap][depth][NV * lanes]
   S* const* dst;          // [MR]
@@ -41,33 +42,50 @@ template <class T, class S> struct RowsTile {
 
 template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_tile(const RowsTile<T, S>& a) {
   constexpr int L = kLanes<T>, U = kDepthUnroll<NV>;
-  vec<T> acc[MR][NV];
+  vec<T> acc[MR][NV], total[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vec<T>{};
 
+  int64_t chain = 0;  // products in acc
+  bool carried = false;  // total holds earlier chains
   for (int64_t t = 0; t < a.tap_count; ++t) {
     const T* row[MR];
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) row[m] = a.rows[t * MR + m] + a.row_offset;
     const T* w = a.panel + a.taps[t] * a.depth * (NV * L);
-    int64_t d = 0;
-    for (; d + U <= a.depth; d += U, w += U * NV * L) {
-      vec<T> weights[U][NV];
-      CONVKIT_UNROLL for (int u = 0; u < U; ++u)
-        CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = load(w + (u * NV + v) * L);
-      CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
-        CONVKIT_UNROLL for (int u = 0; u < U; ++u) {
-          vec<T> x = broadcast(row[m][d + u]);
-          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * weights[u][v];
-        }
-    }
-    if constexpr (U > 1) {
-      for (; d < a.depth; ++d, w += NV * L)
-        CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-          vec<T> x = broadcast(row[m][d]);
-          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * load(w + v * L);
-        }
+    for (int64_t d = 0; d < a.depth;) {
+      int64_t piece = min_of(a.chain, a.depth - d), end = d + piece;
+      if (chain + piece > a.chain && chain > 0) {
+        CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
+          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
+            total[m][v] = carried ? total[m][v] + acc[m][v] : acc[m][v];
+            acc[m][v] = vec<T>{};
+          }
+        carried = true;
+        chain = 0;
+      }
+      chain += piece;
+      for (; d + U <= end; d += U, w += U * NV * L) {
+        vec<T> weights[U][NV];
+        CONVKIT_UNROLL for (int u = 0; u < U; ++u)
+          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = load(w + (u * NV + v) * L);
+        CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
+          CONVKIT_UNROLL for (int u = 0; u < U; ++u) {
+            vec<T> x = broadcast(row[m][d + u]);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * weights[u][v];
+          }
+      }
+      if constexpr (U > 1) {
+        for (; d < end; ++d, w += NV * L)
+          CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+            vec<T> x = broadcast(row[m][d]);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * load(w + v * L);
+          }
+      }
     }
   }
+  if (carried)
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += total[m][v];
 
   if (a.scale != nullptr)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {

@@ -112,6 +112,7 @@ template <class S> void run(const SeparableArgs& a, const Pool& pool) {
           t.taps = &tap;
           t.tap_count = 1;
           t.depth = p.k;
+          t.chain = sizeof(T) == 8 ? INT64_MAX / 2 : 32;
           t.row_offset = 0;
           t.panel = panels + tile * p.k * z.width;
           t.dst = to;
