@@ -1,8 +1,8 @@
 """Convolution kernels for PyTorch: drop-in operators with derivatives of any order, and a swap into existing models.
 
-    import convkit, convkit.functional as CF, convkit.nn as cnn
-    y = CF.conv2d(x, w, b, stride=2, padding=1, activation="relu")
-    print(convkit.swap(model))    # in place; convkit.unswap(model) takes the kernels out again
+import convkit, convkit.functional as CF, convkit.nn as cnn
+y = CF.conv2d(x, w, b, stride=2, padding=1, activation="relu")
+print(convkit.swap(model))    # in place; convkit.unswap(model) takes the kernels out again
 """
 
 __version__ = "0.1.0"

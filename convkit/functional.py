@@ -50,8 +50,8 @@ def _tensor(value, op: str, name: str, dims: Sequence[int] = (), what: str = "",
         raise TypeError(f"convkit.{op}: {name}: got {type(value).__name__}; accepts a torch.Tensor")
     if value.is_cuda and not _CUDA_KERNELS:
         raise NotImplementedError(
-            f"convkit.{op}: {name}: got a tensor on {value.device}; accepts CPU tensors: this build has no CUDA kernels. "
-            'Move model and data with .to("cpu"), or leave the layer to PyTorch'
+            f"convkit.{op}: {name}: got a tensor on {value.device}; accepts CPU tensors: this build has no "
+            'CUDA kernels. Move model and data with .to("cpu"), or leave the layer to PyTorch'
         )
     if dims and value.dim() not in dims:
         raise RuntimeError(f"convkit.{op}: {name}: got {value.dim()}-D size {list(value.shape)}; accepts {what}")
@@ -323,7 +323,7 @@ def _as_images(input: Tensor) -> Tensor:
     n, c, *rest = input.shape
     if input.dim() == 5:
         return input.reshape(n, c, rest[0] * rest[1], rest[2])
-    return input.reshape(n, c, *rest, *[1] * (2 - len(rest)))
+    return input.contiguous().view(n, c, *rest, *[1] * (2 - len(rest)))
 
 
 def _check_running_stats(op: str, input: Tensor, arguments: dict[str, Tensor | None]) -> None:

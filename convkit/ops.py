@@ -56,7 +56,9 @@ def _conv2d_setup(ctx, inputs, output):
     need_input, need_weight = ctx.needs_input_grad[:2]
     # Each gradient needs the other argument; sizes are kept apart so that nothing is held for a size's sake.
     ctx.input_size, ctx.kernel_size = input.shape[2:], weight.shape[2:]
-    ctx.save_for_backward(input if need_weight else None, weight if need_input else None, output if activation else None)
+    ctx.save_for_backward(
+        input if need_weight else None, weight if need_input else None, output if activation else None
+    )
 
 
 def _conv2d_backward(ctx, grad):

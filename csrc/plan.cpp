@@ -46,7 +46,7 @@ bool can_merge_taps(const ConvProblem& a) {
 // can afford more, and need it to be as exact as the dot products that PyTorch computes them with.
 int64_t pick_chain(DType t, int64_t terms) {
   if (t == DType::f64) return INT64_MAX / 2;
-  return terms <= 64 ? 16 : terms <= 256 ? 32 : 64;
+  return terms <= 32 ? 32 : terms <= 64 ? 16 : terms <= 256 ? 32 : 64;
 }
 
 // Vectors of columns a register tile takes: the count that wastes fewest lanes over all tiles, wider first.
@@ -98,7 +98,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.zeros = ws.take((b.src_c + a.groups * b.column_tiles * b.vectors * lanes) * element);
   b.src = ws.take(b.images_per_chunk * src_bytes);
   b.dst = ws.take(b.images_per_chunk * dst_bytes);
-  b.table_bytes = ceil_div(b.tiles_per_block * (((b.taps + 1) * b.rows + 1) * 8 + b.taps * 4), 64) * 64;
+  b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20, 64) * 64;
   b.tables = ws.take(f.threads * b.table_bytes);
   return b;
 }
@@ -113,21 +113,26 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
   b.depth = b.merge_taps ? a.s * a.c : a.c / a.groups;
-  b.depth_padded = ceil_div(b.depth, lanes) * lanes;
+  b.row_values = b.merge_taps ? b.depth : a.k / a.groups;
+  b.column_values = b.merge_taps ? a.k : b.depth;
+  b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
   b.chain = pick_chain(a.dtype, a.n * a.p * a.q);
-  b.group_rows = a.k / a.groups;
-  b.vectors = b.depth > lanes ? 2 : 1;
+  b.vectors = b.column_values > lanes ? 2 : 1;
   int64_t most_rows = f.vector_bytes == 64 ? 14 : 6;
-  b.row_tiles = ceil_div(b.group_rows, most_rows);
-  b.rows = int(ceil_div(b.group_rows, b.row_tiles));  // tiles of equal height rather than a short last one
-  b.column_tiles = ceil_div(b.depth, b.vectors * lanes);
+  b.row_tiles = ceil_div(b.row_values, most_rows);
+  b.rows = int(ceil_div(b.row_values, b.row_tiles));  // tiles of equal height rather than a short last one
+  b.column_tiles = ceil_div(b.column_values, b.vectors * lanes);
+  // Enough tasks for a fair number of threads, but never a number that depends on them.
+  int64_t tiles = a.groups * b.row_tiles * b.taps * b.column_tiles;
+  b.splits = std::clamp<int64_t>(ceil_div(32, tiles), 1, std::min<int64_t>(a.p, 8));
 
   int64_t x_bytes = b.staged_h * b.staged_w * a.c * element, grad_bytes = a.p * a.q * a.k * element;
   b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
   int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
   b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
 
-  b.sums = ws.take(a.k * b.taps * b.depth_padded * element);
+  b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
+  b.sums = ws.take(b.splits * b.sums_of_split * element);
   b.x = ws.take(b.stage_x ? b.images_per_chunk * x_bytes : 0);
   b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
   return b;
@@ -214,6 +219,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
              num(b.rows_per_block) + " rows a block";
+      if (b.splits > 1) out += ", " + num(b.splits) + " splits";
       if (b.stage_x || b.stage_grad)
         out += std::string(", staged") + (b.stage_x ? " input" : "") + (b.stage_grad ? " gradient" : "");
       break;

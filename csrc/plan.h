@@ -42,16 +42,19 @@ struct RowsPlan {
   int64_t table_bytes;      // of one thread
 };
 
-// Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight.
+// Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
+// a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
   bool merge_taps, stage_x, stage_grad;
   int64_t staged_h, staged_w;
-  int64_t taps, depth, depth_padded;
-  int64_t group_rows;       // filters of a group
+  int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
+  int64_t row_values, column_values, columns_padded;  // of a group
   int vectors, rows;
   int64_t row_tiles, column_tiles;
+  int64_t splits;           // partial sums over parts of the output rows, added in order
   int64_t chain;            // pixels summed before they are added to the sums in memory
   int64_t images_per_chunk, rows_per_block;
+  int64_t sums_of_split;    // elements
   Piece sums, x, grad;
 };
 

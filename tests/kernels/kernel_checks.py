@@ -1,7 +1,7 @@
 """What the kernel tests share: samples of every operator, memory layouts, and the comparison with float64.
 
-A sample is one call of an operator. `convkit.functional` and `convkit.reference` have the same signatures, so the same sample runs
-through either, in any precision.
+A sample is one call of an operator. `convkit.functional` and `convkit.reference` have the same signatures, so the same
+sample runs through either, in any precision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of the operator `op`: tensors that may need a gradient, buffers that it writes in place, and all else."""
+    """One call of the operator `op`: tensors that may need a gradient, all else, and buffers it writes in place."""
 
     op: str
     tensors: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Sample:
         return getattr(module, self.op)(**(self.tensors | tensors), **buffers, **self.options)
 
     def evaluate(self, module: ModuleType, grad: Tensor | None = None, gradients: bool = True) -> dict[str, Tensor]:
-        """Output, gradients of all tensors for the gradient `grad` of the output (default: ones), and buffers, by name."""
+        """Output, gradients of all tensors for a gradient of the output (default: ones), and buffers, by name."""
         leaves = {name: value.detach().requires_grad_(gradients) for name, value in self.tensors.items()}
         buffers = {name: value.clone() for name, value in self.buffers.items()}
         y = getattr(module, self.op)(**leaves, **buffers, **self.options)
@@ -63,8 +63,8 @@ class Sample:
 def on_grid(t: Tensor) -> Tensor:
     """float64 values rounded to sixteenths within [-2, 2]; other dtypes as they are.
 
-    Products and sums of such numbers are exact in float64 in any order, for all the sizes in the table. So a float64 convolution has
-    one right answer, to the last bit, and PyTorch's own is it.
+    Products and sums of such numbers are exact in float64 in any order, for all the sizes in the table. So a float64
+    convolution has one right answer, to the last bit, and PyTorch's own is it.
     """
     return t if t.dtype != torch.float64 else t.mul(16).round().clamp(-32, 32).div(16)
 
@@ -115,8 +115,8 @@ def separable_sample(
     tensors = {"input": x, "depthwise_weight": depthwise, "pointwise_weight": pointwise}
     tensors |= {name: draw(problem.k if name.startswith("depthwise") else filters) for name in affines}
     if "depthwise_shift" in tensors and x.dtype.itemsize == 2 and depthwise_activation:
-        # Keeps 16-bit values between the two convolutions away from the kink of the ReLU: which side they are rounded to would
-        # otherwise decide about whole gradients, here and in PyTorch.
+        # Keeps 16-bit sums between the two convolutions away from the kink of the ReLU: the side that they are rounded
+        # to would decide about whole gradients, here and in PyTorch.
         tensors["depthwise_shift"] = 64 * tensors["depthwise_shift"].sign() + 32
     options = conv_options(problem) | {"depthwise_activation": depthwise_activation, "activation": activation}
     del options["groups"]
@@ -268,7 +268,7 @@ def expanded_pixels(t: Tensor) -> Tensor:
 
 
 def offset(t: Tensor) -> Tensor:
-    """The same values and strides, starting at an odd address within a larger storage: nothing is aligned to a vector."""
+    """The same values and strides, from the fourth element of a larger storage: nothing is aligned to a vector."""
     flat = torch.empty(t.numel() + 3, dtype=t.dtype)
     return torch.as_strided(flat, t.shape, t.stride(), 3).copy_(t)
 
@@ -285,7 +285,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# A maximum over few elements depends on luck. Where a tensor with fewer elements than this fails, more of them are drawn.
+# A maximum over few elements depends on luck. Where a tensor with fewer elements than this fails, more are drawn.
 _ENOUGH_ELEMENTS = 256
 _MOST_DRAWS = 8
 
@@ -297,9 +297,10 @@ def check_accuracy(
 ) -> None:
     """Fails unless convkit's output, gradients and buffers are at most twice as far from float64 as PyTorch's own.
 
-    The error of a tensor is its largest difference from float64 PyTorch on the same (rounded) inputs; one rounding of the largest
-    value in the tensor's dtype is allowed on top, for that much is luck. `make` makes the sample out of a generator's numbers;
-    `grad_layout` arranges the gradient of the output in memory; without `gradients` only the output and buffers are compared.
+    The error of a tensor is its largest difference from float64 PyTorch on the same (rounded) inputs; one rounding of
+    the largest value in the tensor's dtype is allowed on top, for that much is luck. `make` makes the sample out of a
+    generator's numbers; `grad_layout` arranges the gradient of the output in memory; without `gradients` only the
+    output and buffers are compared.
     """
     ours: dict[str, float] = {}
     peers: dict[str, float] = {}
@@ -339,7 +340,7 @@ def check_accuracy(
 
 
 def _roundings(sample: Sample, value: Tensor) -> int:
-    """Batch norm in float64 has no better oracle than PyTorch's float64, whose own roundings are then taken for errors."""
+    """Batch norm in float64 has no better oracle than PyTorch's float64, whose own roundings then count as errors."""
     return 256 if sample.op == "batch_norm_relu" and value.dtype == torch.float64 else 1
 
 

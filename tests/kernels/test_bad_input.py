@@ -1,4 +1,4 @@
-"""Wrong arguments: PyTorch's type of exception, a message that names the argument and what it got, and nothing written."""
+"""Wrong arguments: PyTorch's type of exception, a message that names the argument and what it got, nothing written."""
 
 import re
 import subprocess
@@ -21,8 +21,8 @@ def meta(*shape: int) -> torch.Tensor:
 
 
 # Name of the argument that is to blame, changed arguments, what the message must say besides the name (a pattern).
-# `None` for the exception type: whatever PyTorch raises for the same call. Otherwise PyTorch takes what convkit does not,
-# or fails by accident.
+# `None` for the exception type: whatever PyTorch raises for the same call. Where a type stands, PyTorch takes what
+# convkit does not, or fails by accident.
 CONV2D = [
     ("input", {"input": torch.randn(6, 6)}, r"2-D.*\[6, 6\]", None),
     ("input", {"input": torch.randn(1, 2, 8, 6, 6)}, r"5-D", None),
@@ -405,7 +405,8 @@ import torch
 import convkit.functional as CF
 ops = torch.ops.convkit
 x, w, t = torch.randn(2, 8, 6, 6), torch.randn(12, 8, 3, 3), torch.randn(8, 12, 3, 3)
-one, d, c, v, y = torch.randn(12, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(2, 32, 25), torch.rand(8), CF.conv2d(x, w)
+one, d, c = torch.randn(12, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(2, 32, 25)
+v, y = torch.rand(8), CF.conv2d(x, w)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 2**31  # what is there, and 2 GiB
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -31,7 +31,7 @@ def _one_thread():
 def differentiable(sample: Sample):
     """The sample as a function of its tensors, and these, asking for gradients.
 
-    A little is added to every value: on the grid of sixteenths a sum could be exactly zero, where ReLU has no derivative.
+    A little is added to every value: on the grid of sixteenths a sum could be exactly zero, and ReLU has a kink there.
     """
     names = list(sample.tensors)
     tensors = [t.detach() + 0.01 * torch.rand_like(t) for t in sample.tensors.values()]

@@ -52,7 +52,7 @@ def same_format(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
 
 
 def compare(sample: Sample, what: str) -> None:
-    """Output and gradients, the latter for a dense gradient of the output, an expanded one, and one in the other format."""
+    """Output and gradients, these for a dense gradient of the output, an expanded one, and one in the other format."""
     tensors = {name: t.detach().requires_grad_() for name, t in sample.tensors.items()}
     ours, theirs = sample(CF, **tensors), sample(reference, **tensors)
     same_format(ours, theirs, f"{what}: output")

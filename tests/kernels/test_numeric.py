@@ -1,4 +1,4 @@
-"""Every operator, forward and all gradients, over the table of problems: at most twice PyTorch's error (kernel_checks.py).
+"""Every operator, forward and all gradients, over the table of problems: at most twice PyTorch's error.
 
 test_isa.py runs this file again for every other instruction set of the machine.
 """

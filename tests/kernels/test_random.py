@@ -22,7 +22,7 @@ import convkit.functional as CF
 from convkit import reference
 from convkit.bench.problems import BatchNormProblem, ConvProblem
 
-# A float64 convolution must be right to the last bit (kernel_checks.on_grid), which finds more than a bound on an error.
+# A float64 convolution must be right to the last bit (kernel_checks.on_grid): that finds more than a bound on an error.
 dtypes = st.sampled_from(("f64", "f64", "f32", "bf16", "f16"))
 layouts = st.sampled_from(("nchw", "nhwc"))
 arrangements = st.sampled_from([*LAYOUTS.values(), None, None])
@@ -169,7 +169,7 @@ def test_padding_by_name(n, c, size, kernel, dilation, padding, batched):
 
 @given(conv_problems().filter(lambda problem: problem.dtype == "f64"), st.data())
 def test_adjoints(problem, data):
-    """<grad, conv(x, w)> is the same number as <input_grad(grad, w), x> and <weight_grad(grad, x), w>, exactly on the grid."""
+    """<grad, conv(x, w)>, <input_grad(grad, w), x> and <weight_grad(grad, x), w> are one number, exactly."""
     sample = conv_sample(problem, torch.Generator().manual_seed(data.draw(st.integers(0, 99))), bias=False)
     x, w = (t.detach().requires_grad_() for t in sample.tensors.values())
     y = sample(CF, input=x, weight=w)

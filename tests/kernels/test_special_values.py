@@ -25,8 +25,8 @@ DTYPES = ("f64", "f32", "bf16", "f16")
 def assert_flows_as_in_pytorch(sample: Sample, grad: torch.Tensor, what: str) -> None:
     """NaN where float64 PyTorch has NaN, the same infinity where it has one, and close elsewhere.
 
-    float64, because the kernels that PyTorch takes for the other dtypes don't agree with each other: in bfloat16 a NaN reaches
-    outputs beside those that it belongs to, and in float32 some treat padding as zeros and some as nothing at all.
+    float64, because the kernels that PyTorch takes for the other dtypes don't agree with each other: in bfloat16 a NaN
+    reaches outputs that it has no part in, and in float32 some treat padding as zeros and some as nothing at all.
     """
     ours, right = sample.evaluate(CF, grad), sample.map(torch.Tensor.double).evaluate(reference, grad.double())
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[grad.dtype]
@@ -65,7 +65,7 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", (NAN, INF, -INF))
 def test_one_bad_value_in_the_input(bad: float, dtype: str, layout: str):
-    """It reaches the outputs and weight gradients that it reaches in PyTorch, and no others: not through padding either."""
+    """It reaches the outputs and weight gradients that it reaches in PyTorch, and no others."""
     for name, sample in samples(dtype, layout).items():
         for position in ((0, 0, 0, 0), (1, -1, 2, 3)):
             x = sample.tensors["input"].clone(memory_format=torch.preserve_format)

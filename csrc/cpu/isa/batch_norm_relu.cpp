@@ -353,6 +353,14 @@ template <class S> struct BatchNorm {
     }
   }
 
+  // Deviations from an infinite mean are NaN, the mean itself is infinite: as PyTorch's running mean is then.
+  double plain_mean(int64_t c) const {
+    double sum = 0;
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t i = 0; i < s.hw; ++i) sum += double(get(x + (rows.channels_last ? (n * s.hw + i) * s.c + c : (n * s.c + c) * s.hw + i)));
+    return sum / (double(s.n) * double(s.hw));
+  }
+
   void forward() const {
     if (a.training) {
       Moments* parts = reinterpret_cast<Moments*>(partial);
@@ -363,7 +371,7 @@ template <class S> struct BatchNorm {
           const Moments& m = parts[piece * s.c + c];
           all.add(m.count, m.mean, m.m2);
         }
-        static_cast<T*>(a.mean)[c] = T(all.mean);
+        static_cast<T*>(a.mean)[c] = T(__builtin_isfinite(all.mean) ? all.mean : plain_mean(c));
         static_cast<T*>(a.var)[c] = T(all.m2 / all.count);
       }
     }

@@ -104,22 +104,35 @@ template <class S> struct Rows {
     }
   }
 
-  // Pointers, taps and destinations of the tiles of one block.
+  // Pointers, taps and destinations of the tiles of one block. A tile whose rows are all clear of the padding has one
+  // pointer a row, and the taps' offsets from it, the same for all such tiles, serve it: tap_count is -1.
   template <class D> struct Table {
-    const T** rows;
-    int32_t* taps;
-    int64_t* tap_count;
-    D** dst;
+    const T** rows;       // [tile][taps][MR]
+    D** dst;              // [tile][MR]
+    int64_t* tap_count;   // [tile]
+    int32_t* taps;        // [tile][taps]
+    int64_t *none, *all;  // [taps]: zeros; offsets of all taps
+    int32_t* every;       // [taps]: 0, 1, 2 …
   };
 
   template <class D> Table<D> table_of(int thread) const {
     char* at = ws + plan.tables.offset + thread * plan.table_bytes;
     int64_t tiles = plan.tiles_per_block;
+    auto take = [&](int64_t bytes) { char* here = at; at += bytes; return here; };
     Table<D> t;
-    t.rows = reinterpret_cast<const T**>(at);
-    t.dst = reinterpret_cast<D**>(at + tiles * plan.taps * plan.rows * 8);
-    t.tap_count = reinterpret_cast<int64_t*>(at + tiles * (plan.taps + 1) * plan.rows * 8);
-    t.taps = reinterpret_cast<int32_t*>(at + tiles * ((plan.taps + 1) * plan.rows + 1) * 8);
+    t.rows = reinterpret_cast<const T**>(take(tiles * plan.taps * plan.rows * 8));
+    t.dst = reinterpret_cast<D**>(take(tiles * plan.rows * 8));
+    t.tap_count = reinterpret_cast<int64_t*>(take(tiles * 8));
+    t.none = reinterpret_cast<int64_t*>(take(plan.taps * 8));
+    t.all = reinterpret_cast<int64_t*>(take(plan.taps * 8));
+    t.taps = reinterpret_cast<int32_t*>(take(tiles * plan.taps * 4));
+    t.every = reinterpret_cast<int32_t*>(take(plan.taps * 4));
+    int64_t columns = plan.merge_taps ? 1 : p.s;
+    for (int64_t tap = 0; tap < plan.taps; ++tap) {
+      t.none[tap] = 0;
+      t.all[tap] = (tap / columns * p.dilation_h * plan.staged_w + tap % columns * p.dilation_w) * plan.src_c;
+      t.every[tap] = int32_t(tap);
+    }
     return t;
   }
 
@@ -128,23 +141,40 @@ template <class S> struct Rows {
     at.seek(first_pixel);
     int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
     int64_t columns = plan.merge_taps ? 1 : p.s, MR = plan.rows;
+    // Forward: the first tap's source is at (h * stride - top, w * stride - left), the last one `reach` further.
+    int64_t top = plan.merge_taps ? 0 : p.pad_top, left = plan.merge_taps ? 0 : p.pad_left;
+    int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = plan.merge_taps ? 0 : (p.s - 1) * p.dilation_w;
     for (int64_t tile = 0; tile * MR < pixels; ++tile) {
       const T** rows = t.rows + tile * plan.taps * MR;
       int64_t valid = min_of(MR, pixels - tile * MR);
-      uint64_t used_inline[4] = {};  // which taps have a row outside the padding; enough for 256 taps
+      if (!plan.input_grad) {
+        Cursor start = at;
+        bool clear = true;
+        for (int64_t m = 0; m < valid; ++m, at.next()) {
+          int64_t y = at.h * p.stride_h - top, x = at.w * p.stride_w - left;
+          clear &= y >= 0 && x >= 0 && y + reach_h < plan.staged_h && x + reach_w < plan.staged_w;
+          rows[m] = src + at.image * image_size + y * row_size + x * plan.src_c;
+          t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
+        }
+        if (clear) {
+          for (int64_t m = valid; m < MR; ++m) rows[m] = rows[0];
+          t.tap_count[tile] = -1;
+          continue;
+        }
+        at = start;
+      }
+      uint64_t used[4] = {};  // which taps have a row outside the padding; enough for 256 taps
       for (int64_t m = 0; m < valid; ++m, at.next()) {
         t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
         const T* image = src + at.image * image_size;
         for (int64_t r = 0; r < p.r; ++r) {
-          int64_t y = plan.merge_taps ? at.h * p.stride_h + r * p.dilation_h
-                                      : source(at.h, r, p.stride_h, p.pad_top, p.dilation_h, plan.src_h, plan.input_grad);
+          int64_t y = source(at.h, r, p.stride_h, p.pad_top, p.dilation_h, plan.src_h, plan.input_grad);
           for (int64_t s = 0; s < columns; ++s) {
             int64_t tap = r * columns + s;
-            int64_t x = plan.merge_taps ? at.w * p.stride_w
-                                        : source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
+            int64_t x = source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
             bool padding = y < 0 || x < 0;
             rows[tap * MR + m] = padding ? zeros : image + y * row_size + x * plan.src_c;
-            if (!padding) used_inline[tap >> 6 & 3] |= uint64_t(1) << (tap & 63);
+            if (!padding) used[tap >> 6 & 3] |= uint64_t(1) << (tap & 63);
           }
         }
       }
@@ -153,7 +183,7 @@ template <class S> struct Rows {
         for (int64_t m = valid; m < MR; ++m) rows[tap * MR + m] = rows[tap * MR];
       int64_t count = 0;
       for (int64_t tap = 0; tap < plan.taps; ++tap)
-        if (plan.taps > 256 || (used_inline[tap >> 6] >> (tap & 63) & 1)) {
+        if (plan.taps > 256 || (used[tap >> 6] >> (tap & 63) & 1)) {
           if (count != tap)
             for (int64_t m = 0; m < MR; ++m) rows[count * MR + m] = rows[tap * MR + m];
           t.taps[tile * plan.taps + count++] = int32_t(tap);
@@ -186,8 +216,11 @@ template <class S> struct Rows {
         tile.relu = a.relu;
         for (int64_t t = 0; t * plan.rows < count; ++t) {
           tile.rows = table.rows + t * plan.taps * plan.rows;
-          tile.taps = table.taps + t * plan.taps;
-          tile.tap_count = table.tap_count[t];
+          bool clear = table.tap_count[t] < 0;
+          tile.rows_step = clear ? 0 : plan.rows;
+          tile.offsets = clear ? table.all : table.none;
+          tile.taps = clear ? table.every : table.taps + t * plan.taps;
+          tile.tap_count = clear ? plan.taps : table.tap_count[t];
           tile.dst = table.dst + t * plan.rows;
           tile.valid_rows = int(min_of<int64_t>(plan.rows, count - t * plan.rows));
           kernel(tile);

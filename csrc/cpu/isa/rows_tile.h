@@ -25,7 +25,9 @@ constexpr int kMaxTileRows = 14;
 template <int NV> constexpr int kDepthUnroll = NV == 1 ? 4 : NV == 4 ? 1 : 2;
 
 template <class T, class S> struct RowsTile {
-  const T* const* rows;   // [taps][MR]
+  const T* const* rows;   // [taps][MR], or [MR] for all taps with rows_step 0
+  int64_t rows_step;
+  const int64_t* offsets; // added to the pointers of each tap
   const int32_t* taps;    // which tap's weights each group of MR pointers meets
   int64_t tap_count, depth;
   int64_t chain;          // products summed before they are added to a total
@@ -50,7 +52,8 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
   bool carried = false;  // total holds earlier chains
   for (int64_t t = 0; t < a.tap_count; ++t) {
     const T* row[MR];
-    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) row[m] = a.rows[t * MR + m] + a.row_offset;
+    int64_t offset = a.offsets[t] + a.row_offset;
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) row[m] = a.rows[t * a.rows_step + m] + offset;
     const T* w = a.panel + a.taps[t] * a.depth * (NV * L);
     for (int64_t d = 0; d < a.depth;) {
       int64_t piece = min_of(a.chain, a.depth - d), end = d + piece;

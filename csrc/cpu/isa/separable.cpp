@@ -102,6 +102,7 @@ template <class S> void run(const SeparableArgs& a, const Pool& pool) {
         }
       }
       const int32_t tap = 0;
+      const int64_t offset = 0;
       for (int64_t tile = 0; tile < z.tiles; ++tile)
         for (int64_t i = 0; i < count; i += MR) {
           const T* rows[kMaxTileRows];
@@ -109,6 +110,8 @@ template <class S> void run(const SeparableArgs& a, const Pool& pool) {
           for (int64_t m = 0; m < MR; ++m) rows[m] = middle + min_of(i + m, count - 1) * p.k, to[m] = out + (i + m) * a.filters;
           RowsTile<T, T> t;
           t.rows = rows;
+          t.rows_step = 0;
+          t.offsets = &offset;
           t.taps = &tap;
           t.tap_count = 1;
           t.depth = p.k;
