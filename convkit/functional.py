@@ -43,15 +43,25 @@ def _pair(value, op: str, name: str, one: bool = True) -> tuple[int, int]:
     return value, value
 
 
-def _tensor(value, op: str, name: str, dims: Sequence[int] = (), what: str = "", optional: bool = False) -> None:
+def _tensor(
+    value, op: str, name: str, dims: Sequence[int] = (), what: str = "", like: Tensor | None = None, optional=False
+) -> None:
+    """Checks what the operator itself can't: what is no tensor, or would be sent to another backend's kernel."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"convkit.{op}: {name}: got {type(value).__name__}; accepts a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise RuntimeError(f"convkit.{op}: {name}: got layout {value.layout}; accepts dense tensors: use .to_dense()")
     if value.is_cuda and not _CUDA_KERNELS:
         raise NotImplementedError(
             f"convkit.{op}: {name}: got a tensor on {value.device}; accepts CPU tensors: this build has no "
             'CUDA kernels. Move model and data with .to("cpu"), or leave the layer to PyTorch'
+        )
+    if like is not None and value.device != like.device:
+        raise RuntimeError(
+            f"convkit.{op}: {name}: got a tensor on {value.device}; accepts the input's device, {like.device}: "
+            f'move it with .to("{like.device}")'
         )
     if dims and value.dim() not in dims:
         raise RuntimeError(f"convkit.{op}: {name}: got {value.dim()}-D size {list(value.shape)}; accepts {what}")
@@ -118,8 +128,8 @@ def conv2d(
     """
     op = "conv2d"
     _tensor(input, op, "input", (3, 4), _IMAGES)
-    _tensor(weight, op, "weight", (4,), "(K, C / groups, R, S)")
-    _tensor(bias, op, "bias", optional=True)
+    _tensor(weight, op, "weight", (4,), "(K, C / groups, R, S)", input)
+    _tensor(bias, op, "bias", like=input, optional=True)
     stride, dilation = _pair(stride, op, "stride"), _pair(dilation, op, "dilation")
     padding = _four_sided(padding, weight.shape[2:], stride, dilation, op)
     groups = _integer(groups, op, "groups")
@@ -160,8 +170,8 @@ def conv_transpose2d(
     """
     op = "conv_transpose2d"
     _tensor(input, op, "input", (3, 4), _IMAGES)
-    _tensor(weight, op, "weight", (4,), "(C, K / groups, R, S)")
-    _tensor(bias, op, "bias", optional=True)
+    _tensor(weight, op, "weight", (4,), "(C, K / groups, R, S)", input)
+    _tensor(bias, op, "bias", like=input, optional=True)
     if isinstance(padding, str):
         raise TypeError(f"convkit.{op}: padding: got {padding!r}; accepts an integer or two, (height, width)")
     batched = input.dim() == 4
@@ -217,15 +227,15 @@ def separable_conv2d(
     """
     op = "separable_conv2d"
     _tensor(input, op, "input", (3, 4), _IMAGES)
-    _tensor(depthwise_weight, op, "depthwise_weight", (4,), "(C * M, 1, R, S)")
-    _tensor(pointwise_weight, op, "pointwise_weight", (4,), "(K, C * M, 1, 1)")
+    _tensor(depthwise_weight, op, "depthwise_weight", (4,), "(C * M, 1, R, S)", input)
+    _tensor(pointwise_weight, op, "pointwise_weight", (4,), "(K, C * M, 1, 1)", input)
     for name, value in (
         ("depthwise_scale", depthwise_scale),
         ("depthwise_shift", depthwise_shift),
         ("scale", scale),
         ("shift", shift),
     ):
-        _tensor(value, op, name, optional=True)
+        _tensor(value, op, name, like=input, optional=True)
     stride, dilation = _pair(stride, op, "stride"), _pair(dilation, op, "dilation")
     batched = input.dim() == 4
     output = ops.separable_conv2d(
@@ -284,7 +294,7 @@ def batch_norm_relu(
     _tensor(input, op, "input", (2, 3, 4, 5), "(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W)")
     arguments = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, value in {**arguments, "residual": residual}.items():
-        _tensor(value, op, name, optional=True)
+        _tensor(value, op, name, like=input, optional=True)
     for name, value in (("momentum", momentum), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
             raise TypeError(f"convkit.{op}: {name}: got {value!r} ({type(value).__name__}); accepts a number")
@@ -302,7 +312,7 @@ def batch_norm_relu(
         raise RuntimeError(
             f"convkit.{op}: residual: got size {list(residual.shape)}; accepts the input's, {list(input.shape)}"
         )
-    if training and running_mean is not None:
+    if running_mean is not None and input.numel() != 0:
         _check_running_stats(op, input, arguments)
 
     shape = input.shape
@@ -327,14 +337,11 @@ def _as_images(input: Tensor) -> Tensor:
 
 
 def _check_running_stats(op: str, input: Tensor, arguments: dict[str, Tensor | None]) -> None:
-    """In training they are written after the kernel has run: what could fail then must fail before."""
+    """The operator knows them as mean and var, and in training they are written after the kernel has run: what could
+    fail then must fail before."""
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     for name in ("running_mean", "running_var"):
         statistic = arguments[name]
-        if statistic.device != input.device:
-            raise RuntimeError(
-                f"convkit.{op}: {name}: got a tensor on {statistic.device}; accepts the input's device, {input.device}"
-            )
         if statistic.dim() != 1 or statistic.shape[0] != input.shape[1]:
             raise RuntimeError(
                 f"convkit.{op}: {name}: should contain {input.shape[1]} elements, one a channel of the input "

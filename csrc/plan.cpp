@@ -98,7 +98,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.zeros = ws.take((b.src_c + a.groups * b.column_tiles * b.vectors * lanes) * element);
   b.src = ws.take(b.images_per_chunk * src_bytes);
   b.dst = ws.take(b.images_per_chunk * dst_bytes);
-  b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20, 64) * 64;
+  b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20 + a.s * 8, 64) * 64;
   b.tables = ws.take(f.threads * b.table_bytes);
   return b;
 }

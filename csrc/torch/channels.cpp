@@ -167,7 +167,8 @@ ColumnsProblem columns_problem(const char* op, int64_t n, int64_t c, IntArrayRef
   struct { const char* arg; IntArrayRef values; int64_t least; } all[] = {{"kernel_size", kernel, 1}, {"dilation", dilation, 1}, {"padding", padding, 0}, {"stride", stride, 1}};
   for (auto& [arg, values, least] : all)
     for (int64_t v : values)
-      CONVKIT_CHECK(values.size() == 2 && v >= least && v <= int64_t(1) << 31, op, arg, "got ", values, "; accepts two integers of at least ", least, " and at most 2147483648");
+      CONVKIT_CHECK(values.size() == 2 && v >= least && (v <= int64_t(1) << 31 || values.data() == stride.data()), op, arg, "got ", values,
+                    "; accepts two integers of at least ", least, " and at most 2147483648");
   CONVKIT_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, op, "size", "of the image: got ", size, "; accepts two positive integers");
   ColumnsProblem a{n, c, size[0], size[1], kernel[0], kernel[1], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   auto blocks = [&](int i) {
@@ -175,6 +176,9 @@ ColumnsProblem columns_problem(const char* op, int64_t n, int64_t c, IntArrayRef
     return room < 0 ? int64_t(0) : int64_t(room / stride[i]) + 1;
   };
   a.p = blocks(0), a.q = blocks(1);
+  // The step between blocks plays no part where there is one: no later product can overflow.
+  if (a.p == 1) a.stride_h = 1;
+  if (a.q == 1) a.stride_w = 1;
   CONVKIT_CHECK(a.p > 0 && a.q > 0, op, "kernel_size", "got ", kernel, " with dilation ", dilation, " and padding ", padding, ": larger than the padded image ", size,
                 ", which leaves ", a.p, " x ", a.q, " blocks; accepts kernels that fit");
   return a;

@@ -27,7 +27,7 @@ class Record(TorchDispatchMode):
 
 def operator_calls(dtype: str = "f32", layout: str = "nchw") -> dict[str, tuple]:
     """What the small samples come to as calls of operators, forward, backward and backward of backward, by name."""
-    calls = {}
+    calls, seen = {}, set()
     for name, sample in small_samples(dtype, layout).items():
         leaves = {key: t.detach().requires_grad_() for key, t in sample.tensors.items()}
         with Record() as record:
@@ -35,6 +35,10 @@ def operator_calls(dtype: str = "f32", layout: str = "nchw") -> dict[str, tuple]
             grads = torch.autograd.grad((y**2).sum(), list(leaves.values()), create_graph=True)
             torch.autograd.grad(sum((g**2).sum() for g in grads), list(leaves.values()), allow_unused=True)
         for i, (function, args) in enumerate(record.calls):
+            kind = str([tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in (function, *args)])
+            if kind in seen:
+                continue
+            seen.add(kind)
             calls[f"{name} {i} {function._schema.name.split('::')[1]}"] = function, args
     return calls
 

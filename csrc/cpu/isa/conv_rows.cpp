@@ -52,6 +52,7 @@ CONVKIT_INLINE int64_t source(int64_t i, int64_t tap, int64_t stride, int64_t pa
     return at < 0 || at >= size ? -1 : at;
   }
   int64_t at = i + pad - tap * dilation;
+  if (stride == 1) return at < 0 || at >= size ? -1 : at;  // divisions cost more than the rest of a table
   return at < 0 || at % stride != 0 || at / stride >= size ? -1 : at / stride;
 }
 
@@ -112,6 +113,7 @@ template <class S> struct Rows {
     int64_t* tap_count;   // [tile]
     int32_t* taps;        // [tile][taps]
     int64_t *none, *all;  // [taps]: zeros; offsets of all taps
+    int64_t* across;      // [filter columns]: source columns of one pixel
     int32_t* every;       // [taps]: 0, 1, 2 …
   };
 
@@ -125,6 +127,7 @@ template <class S> struct Rows {
     t.tap_count = reinterpret_cast<int64_t*>(take(tiles * 8));
     t.none = reinterpret_cast<int64_t*>(take(plan.taps * 8));
     t.all = reinterpret_cast<int64_t*>(take(plan.taps * 8));
+    t.across = reinterpret_cast<int64_t*>(take(p.s * 8));
     t.taps = reinterpret_cast<int32_t*>(take(tiles * plan.taps * 4));
     t.every = reinterpret_cast<int32_t*>(take(plan.taps * 4));
     int64_t columns = plan.merge_taps ? 1 : p.s;
@@ -140,7 +143,7 @@ template <class S> struct Rows {
     Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, 0, 0, 0, 0, 0};
     at.seek(first_pixel);
     int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
-    int64_t columns = plan.merge_taps ? 1 : p.s, MR = plan.rows;
+    int64_t MR = plan.rows;
     // Forward: the first tap's source is at (h * stride - top, w * stride - left), the last one `reach` further.
     int64_t top = plan.merge_taps ? 0 : p.pad_top, left = plan.merge_taps ? 0 : p.pad_left;
     int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = plan.merge_taps ? 0 : (p.s - 1) * p.dilation_w;
@@ -167,11 +170,12 @@ template <class S> struct Rows {
       for (int64_t m = 0; m < valid; ++m, at.next()) {
         t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
         const T* image = src + at.image * image_size;
+        for (int64_t s = 0; s < p.s; ++s)
+          t.across[s] = source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
         for (int64_t r = 0; r < p.r; ++r) {
           int64_t y = source(at.h, r, p.stride_h, p.pad_top, p.dilation_h, plan.src_h, plan.input_grad);
-          for (int64_t s = 0; s < columns; ++s) {
-            int64_t tap = r * columns + s;
-            int64_t x = source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
+          for (int64_t s = 0; s < p.s; ++s) {
+            int64_t tap = r * p.s + s, x = t.across[s];
             bool padding = y < 0 || x < 0;
             rows[tap * MR + m] = padding ? zeros : image + y * row_size + x * plan.src_c;
             if (!padding) used[tap >> 6 & 3] |= uint64_t(1) << (tap & 63);
