@@ -116,7 +116,7 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   b.row_values = b.merge_taps ? b.depth : a.k / a.groups;
   b.column_values = b.merge_taps ? a.k : b.depth;
   b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
-  b.chain = pick_chain(a.dtype, a.n * a.p * a.q);
+  b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 ? 16 : pick_chain(a.dtype, a.n * a.p * a.q);
   b.vectors = b.column_values > lanes ? 2 : 1;
   int64_t most_rows = f.vector_bytes == 64 ? 14 : 6;
   b.row_tiles = ceil_div(b.row_values, most_rows);

@@ -2,9 +2,13 @@
 
 import os
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# Before torch starts its threads: waiting ones sleep. They would spin, and on a busy machine hold up the one that they
+# wait for, thousands of times in tests as small as these.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # The same problems in every run; HYPOTHESIS_PROFILE=explore looks for new ones, for as long as one cares to wait.
 _common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}

@@ -87,7 +87,7 @@ CONV2D = [
     ("input|weight", {"input": torch.randn(2, 8, 0, 6)}, "", None),
     ("input|weight", {"input": torch.randn(2, 8, 0, 6), "padding": 2}, "0", None),
     ("weight", {"weight": meta(12, 8, 3, 3)}, "meta", RuntimeError),
-    ("input", {"input": meta(2, 8, 6, 6)}, "meta|device", RuntimeError),
+    ("input|weight", {"input": meta(2, 8, 6, 6)}, "meta", RuntimeError),
     ("bias", {"bias": meta(12)}, "meta", RuntimeError),
     ("input", {"input": None}, "NoneType", None),
     ("input", {"input": [1.0]}, "list", None),

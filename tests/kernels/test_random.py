@@ -13,6 +13,8 @@ from kernel_checks import (
     check_accuracy,
     col2im_sample,
     conv_sample,
+    expanded,
+    expanded_pixels,
     im2col_sample,
     separable_sample,
     transpose_sample,
@@ -133,7 +135,9 @@ batch_norm_problems = st.builds(
 
 @given(batch_norm_problems, *[st.booleans()] * 4, arrangements, flags)
 def test_batch_norm_relu(problem, training, affine, tracking, mixed, arrangement, which):
-    assume(not training or problem.n * problem.h * problem.w > 3)
+    # Few different values in a channel leave a gradient that is nothing but rounding, PyTorch's and ours.
+    values = {expanded_pixels: problem.n, expanded: problem.h * problem.w}.get(arrangement if which[0] else None)
+    assume(not training or (values or problem.n * problem.h * problem.w) > 3)
     mixed = mixed and problem.torch_dtype.itemsize == 2
 
     def make(g) -> Sample:

@@ -15,7 +15,7 @@ from kernel_checks import (
 )
 
 from convkit import functional as CF
-from convkit.bench.problems import BatchNormProblem, ConvProblem
+from convkit.bench.problems import TEST_BATCH_NORM_PROBLEMS, TEST_PROBLEMS, BatchNormProblem, ConvProblem
 
 CONVOLUTIONS = (
     "n3c17h13w12k33r3s3p1",
@@ -72,6 +72,23 @@ def test_again_and_with_any_number_of_threads(dtype: str, layout: str):
             torch.set_num_threads(threads)
             for _ in range(2):
                 assert_same(first, results(sample, grad), f"{name}, {threads} threads")
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+def test_the_table_with_one_thread_and_with_three(layout: str):
+    for number, problem in enumerate(TEST_PROBLEMS):
+        made = [conv_sample(problem.replace(layout=layout))]
+        if problem.is_depthwise:
+            made.append(separable_sample(problem.replace(layout=layout), 17))
+        if number < len(TEST_BATCH_NORM_PROBLEMS):
+            norm = TEST_BATCH_NORM_PROBLEMS[number].replace(layout=layout, residual=number % 2 == 0)
+            made += [batch_norm_sample(norm, training=training) for training in (False, True)]
+        for sample in made:
+            torch.set_num_threads(1)
+            grad = torch.randn_like(sample())
+            alone = results(sample, grad)
+            torch.set_num_threads(3)
+            assert_same(alone, results(sample, grad), str(sample))
 
 
 def test_from_several_threads_at_once():

@@ -219,6 +219,11 @@ CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels
 struct Moments {
   double count, mean, m2;
   CONVKIT_INLINE void add(double n, double mean_n, double m2_n) {
+    if (m2_n < 0) m2_n = 0;  // rounding, where all values are equal
+    if (count == 0) {  // as it is: the mean of equal values must come out exactly
+      *this = {n, mean_n, m2_n};
+      return;
+    }
     double all = count + n, delta = mean_n - mean;
     mean += delta * n / all;
     m2 += m2_n + delta * delta * count * n / all;
