@@ -60,8 +60,8 @@ def _tensor(
         )
     if like is not None and value.device != like.device:
         raise RuntimeError(
-            f"convkit.{op}: {name}: got a tensor on {value.device}, with the input on {like.device}; accepts tensors of "
-            "one device: move one of them with .to(device)"
+            f"convkit.{op}: {name}: got a tensor on {value.device}, with the input on {like.device}; "
+            "accepts tensors of one device: move one of them with .to(device)"
         )
     if dims and value.dim() not in dims:
         raise RuntimeError(f"convkit.{op}: {name}: got {value.dim()}-D size {list(value.shape)}; accepts {what}")

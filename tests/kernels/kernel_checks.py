@@ -286,8 +286,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# The largest of many small errors is one element's, and half luck. Where the first draw fails, the root mean square over
-# this many draws decides: of two equally good sums, one is twice as far off in every hundredth draw, but not in 32.
+# The largest of many small errors is one element's, and half luck. Where the first draw fails, the root mean square
+# over this many draws decides: of two equally good sums, one is twice as far off in every hundredth draw, not in 32.
 _DRAWS = 32
 
 
@@ -299,9 +299,9 @@ def check_accuracy(
     """Fails unless convkit's output, gradients and buffers are at most twice as far from float64 as PyTorch's own.
 
     The error of a tensor is its largest difference from float64 PyTorch on the same (rounded) inputs; one rounding of
-    the largest value in the tensor's dtype is allowed on top, for the last rounding is luck. `make` makes the sample out
-    of a generator's numbers; `grad_layout` arranges the gradient of the output in memory; without `gradients` only the
-    output and buffers are compared.
+    the largest value in the tensor's dtype is allowed on top, for the last rounding is luck. `make` makes the sample
+    out of a generator's numbers; `grad_layout` arranges the gradient of the output in memory; without `gradients` only
+    the output and buffers are compared.
     """
     draws: list[dict[str, tuple[float, float, float]]] = []
     for number in (1, _DRAWS):
