@@ -1,10 +1,26 @@
 #include "device.h"
 
-#include <cuda_runtime.h>
-
 #include <cstring>
 
+#include "launch.h"
+
 namespace convkit::cuda {
+
+#if defined(CONVKIT_EMULATION)
+
+int device_count() { return 1; }
+
+const char* query_device(int, DeviceFacts* facts) {
+  const emulation::Device& d = emulation::device();
+  std::strcpy(facts->name, "emulated");
+  facts->major = d.major, facts->minor = d.minor;
+  facts->multiprocessors = d.multiprocessors;
+  facts->shared_bytes_per_block = d.shared_bytes_per_block;
+  facts->l2_bytes = d.l2_bytes;
+  return nullptr;
+}
+
+#else
 
 int device_count() {
   int count = 0;
@@ -24,5 +40,7 @@ const char* query_device(int index, DeviceFacts* facts) {
   facts->l2_bytes = p.l2CacheSize;
   return nullptr;
 }
+
+#endif
 
 }  // namespace convkit::cuda

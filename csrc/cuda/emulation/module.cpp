@@ -1,0 +1,36 @@
+// The Python module `_emulated` of the tests: convkit's operators with the CUDA kernels run by the emulator on the
+// memory of CPU tensors, and kernels with planted errors.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "emulation.h"
+
+namespace py = pybind11;
+
+namespace convkit::cuda::planted {
+bool run(const std::string& name, const void* x, void* y, int n);
+}
+
+PYBIND11_MODULE(_emulated, m) {
+  namespace emulation = convkit::emulation;
+  m.def("planted", [](const std::string& name, uintptr_t x, int64_t x_bytes, uintptr_t y, int64_t y_bytes, int n) {
+    emulation::take_back();
+    emulation::lend(reinterpret_cast<void*>(x), x_bytes, false, "x");
+    emulation::lend(reinterpret_cast<void*>(y), y_bytes, true, "y");
+    bool known = convkit::cuda::planted::run(name, reinterpret_cast<void*>(x), reinterpret_cast<void*>(y), n);
+    emulation::take_back();
+    if (!known) throw std::invalid_argument("no planted kernel is called " + name);
+  });
+  m.def("set_device", [](int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
+    emulation::device().major = major, emulation::device().minor = minor;
+    emulation::device().multiprocessors = multiprocessors;
+    emulation::device().shared_bytes_per_block = shared_bytes_per_block;
+  });
+  m.def("counters", [] {
+    emulation::Counters c = emulation::counters();
+    return py::make_tuple(c.launches, c.blocks, c.accesses);
+  });
+}

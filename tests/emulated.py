@@ -1,0 +1,58 @@
+"""The CUDA kernels on a machine without a GPU: builds and loads the emulator's module (csrc/cuda/emulation)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def cuda_include() -> Path | None:
+    """The folder of the CUDA toolkit's headers, which the emulator needs (not its compiler)."""
+    folders = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    found = shutil.which("nvcc")
+    folders += [Path(found).resolve().parents[1]] if found else []
+    folders.append(Path("/usr/local/cuda"))
+    return next((folder / "include" for folder in folders if (folder / "include/cuda_bf16.h").exists()), None)
+
+
+def why_not() -> str | None:
+    """Why the emulator can't be built here, or None."""
+    missing = [tool for tool in ("cmake", "ninja") if not _tool(tool)]
+    if missing:
+        return f"the emulator is built with {' and '.join(missing)}: not found"
+    return None if cuda_include() else "the emulator needs the headers of the CUDA toolkit: none in CUDA_HOME"
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module, compiled where it changed: a minute or two the first time, a second after that."""
+    folder = Path(os.environ.get("CONVKIT_EMULATED_BUILD") or ROOT / "build" / f"emulated-torch-{torch.__version__}")
+    options = ["-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+    options += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-Dcuda_headers={cuda_include()}"]
+    build = ["--build", str(folder), "--target", "emulated", "--parallel", os.environ.get("MAX_JOBS", "2")]
+    commands = [build] if (folder / "build.ninja").exists() else [options, build]
+    for command in commands:
+        done = subprocess.run([_tool("cmake"), *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-5000:]
+    path = folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        path = folder / "_emulated.so"
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
