@@ -6,6 +6,7 @@ import os
 # wait for, thousands of times in tests as small as these.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import emulated  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -25,3 +26,30 @@ def _repeatable():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU that PyTorch sees"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("convkit::conv2d", "CUDA"):
+        return "this build of convkit has no CUDA kernels"
+    return None
+
+
+@pytest.fixture(scope="module", params=("cpu", "cuda_emulated", "cuda"))
+def backend(request):
+    """Runs a module's tests on the CPU, with the CUDA kernels on the host (tests/emulated.py), and on a GPU.
+
+    The value is the device of convkit's tensors. The emulator's operators take the place of the CPU's meanwhile.
+    """
+    if request.param == "cpu":
+        yield torch.device("cpu")
+    elif request.param == "cuda":
+        if why := _why_no_gpu():
+            pytest.skip(why)
+        yield torch.device("cuda")
+    else:
+        if why := emulated.why_not():
+            pytest.skip(why)
+        with emulated.installed():
+            yield torch.device("cpu")

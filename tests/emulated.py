@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -56,3 +59,20 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[ModuleType]:
+    """Inside, the operators of CPU tensors are the emulator's. Fails if none of its kernels ran."""
+    import convkit  # noqa: F401 (the operators must be there before others take their place)
+
+    module = load()
+    before = module.counters()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
+        module.install()
+    try:
+        yield module
+    finally:
+        module.uninstall()
+    assert module.counters()[0] > before, "no kernel ran in the emulator"

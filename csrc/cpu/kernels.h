@@ -3,71 +3,15 @@
 
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../plan.h"
 #include "../problem.h"
 #include "pool.h"
 
 namespace convkit::cpu {
 
-// Strides in elements of a weight tensor (k, c, r, s); any layout is read as it is.
-struct WeightStrides {
-  int64_t k, c, r, s;
-};
-
-struct ConvArgs {
-  ConvProblem problem;
+struct ConvArgs : convkit::ConvArgs {
   ConvPlan plan;
-  const void* src;     // forward: x. input grad, weight grad: the gradient of y. All in problem.layout.
-  const void* weight;  // forward, input grad
-  const void* x;       // weight grad: the input
-  const void* bias;    // forward (k values) and input grad used as transposed convolution (c values), or null
-  void* dst;           // y, the input's gradient, or the weight's gradient
-  WeightStrides weight_strides;  // of weight, or of dst in the weight gradient
-  bool relu;
-  void* workspace;     // plan.workspace_bytes
-};
-
-// Fused depthwise -> scale, shift, ReLU -> pointwise -> scale, shift, ReLU. `problem` is the depthwise part (k = c times
-// the multiplier). Scales and shifts are in the arithmetic's type (float, or double for f64), or null.
-struct SeparableArgs {
-  ConvProblem problem;
-  int64_t filters;  // of the pointwise part
-  const void *x, *depthwise_weight, *pointwise_weight;
-  const void *depthwise_scale, *depthwise_shift, *scale, *shift;
-  bool depthwise_relu, relu;
-  WeightStrides depthwise_strides, pointwise_strides;
-  void* y;
-  void* workspace;
-};
-
-struct ChannelShape {
-  int64_t n, c, hw;
-  DType dtype;
-  Layout layout;
-};
-
-// Per-channel values are in the arithmetic's type (float, or double for f64), whatever the type of the activations.
-struct BatchNormArgs {
-  ChannelShape shape;
-  const void *x, *residual;           // residual may be null
-  const void *weight, *bias;          // may be null
-  void *mean, *var;                   // biased; written in training, read in evaluation and in the gradient
-  double eps;
-  bool training;
-  void* y;
-  uint8_t* mask;                      // one bit an element in memory order, or null
-  // gradient
-  const void* grad;
-  void *grad_x, *grad_residual;       // may be null
-  void *grad_weight, *grad_bias;      // may be null
-  void* workspace;
-};
-
-struct ColumnsArgs {
-  ColumnsProblem problem;
-  DType dtype;
-  const void* src;
-  void* dst;
 };
 
 struct Kernels {

@@ -1,6 +1,5 @@
 // Per-channel operators: batch normalisation + ReLU with its gradient, running statistics, bias gradient; and im2col.
 #include <ATen/Dispatch.h>
-#include <torch/library.h>
 
 #include <array>
 #include <cmath>
@@ -13,7 +12,7 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-cpu::ChannelShape shape_of(const Tensor& t, DType dtype, bool channels_last) {
+ChannelShape shape_of(const Tensor& t, DType dtype, bool channels_last) {
   return {t.size(0), t.size(1), t.size(2) * t.size(3), dtype, layout(channels_last)};
 }
 
@@ -24,7 +23,7 @@ void check_4d(const char* op, const char* arg, const Tensor& t) {
 // A per-channel argument in the arithmetic's type, contiguous; undefined if absent.
 Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, const Tensor& input) {
   if (!t.has_value()) return Tensor();
-  check_dense_cpu(op, arg, *t);
+  check_dense(op, arg, *t, input);
   CONVKIT_CHECK(t->numel() == input.size(1), op, arg, "should contain ", input.size(1), " elements, one a channel of the input ", input.sizes(), "; got ", t->numel(),
                 " in size ", t->sizes());
   at::ScalarType wide = compute_type(input.scalar_type());
@@ -33,7 +32,14 @@ Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, con
   return t->to(wide).contiguous();
 }
 
-void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+#if defined(CONVKIT_GPU)
+// Calls launch(plan, workspace, stream) for sums over the channels of `like`.
+template <class Launch> void on_gpu(const char* op, const ChannelShape& shape, const Tensor& like, Launch&& launch) {
+  const cuda::DeviceFacts& facts = gpu::facts(op, like);
+  gpu::with_workspace([&](bool least) { return plan_channels_cuda(shape, facts, least); }, [&](int64_t bytes) { return workspace(bytes, like); },
+                      [&](const CudaChannelPlan& plan, const Tensor& ws) { launch(plan, out("the workspace", ws), gpu::stream(like)); });
+}
+#endif
 
 // Bytes of the mask: one bit an element, every row (pixel of channels, or plane of one channel) from its own byte.
 int64_t mask_bytes(const Tensor& t, bool channels_last) {
@@ -51,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
                                                            const OptionalTensor& mean, const OptionalTensor& var, double eps, bool save_mask) {
   const char* op = "batch_norm_relu";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   CONVKIT_CHECK(mean.has_value() == var.has_value(), op, "mean", "and var: got only one of them; accepts both (evaluation) or neither (training)");
   bool training = !mean.has_value(), channels_last = is_channels_last(input);
@@ -63,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   Tensor w = per_channel(op, "weight", weight, input), b = per_channel(op, "bias", bias, input);
   int64_t count = input.size(0) * input.size(2) * input.size(3);
   TORCH_CHECK_VALUE(!training || count != 1, "convkit.", op, ": input: Expected more than 1 value per channel when training, got input size ", input.sizes());
+  gpu::Scope scope(input);
   auto wide = input.options().dtype(compute_type(input.scalar_type()));
   // Never an input itself: an operator's results may not share memory with its arguments.
   Tensor m = training ? at::zeros({input.size(1)}, wide) : per_channel(op, "mean", mean, input).clone();
@@ -72,18 +79,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   if (input.numel() == 0) return {out, m, v, mask};
   Tensor x = input.contiguous(format(channels_last));
   Tensor r = residual.has_value() ? residual->contiguous(format(channels_last)) : Tensor();
-  cpu::BatchNormArgs args{};
+  BatchNormArgs args{};
   args.shape = shape_of(x, dtype, channels_last);
-  args.x = x.const_data_ptr();
-  args.residual = data(r);
-  args.weight = data(w), args.bias = data(b), args.mean = data(m), args.var = data(v);
+  args.x = in("the input", x);
+  args.residual = in("the residual", r);
+  args.weight = in("the weight", w), args.bias = in("the bias", b), args.mean = convkit::out("the mean", m), args.var = convkit::out("the variance", v);
   args.eps = eps;
   args.training = training;
-  args.y = data(out);
-  args.mask = save_mask && r.defined() ? static_cast<uint8_t*>(data(mask)) : nullptr;
+  args.y = convkit::out("the output", out);
+  args.mask = save_mask && r.defined() ? static_cast<uint8_t*>(convkit::out("the mask", mask)) : nullptr;
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(input)) {
+    on_gpu(op, args.shape, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+      args.workspace = ws;
+      cuda::batch_norm_relu(args, plan, stream);
+    });
+    return {out, m, v, mask};
+  }
+#endif
+#if !defined(CONVKIT_EMULATION)
   Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
-  args.workspace = data(ws);
+  args.workspace = ws.mutable_data_ptr();
   cpu::kernels().batch_norm_relu(args, pool());
+#endif
   return {out, m, v, mask};
 }
 
@@ -91,37 +109,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
                                                                 const Tensor& var, const OptionalTensor& mask, double eps, bool training, std::array<bool, 4> output_mask) {
   const char* op = "batch_norm_relu_grad";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   check_like(op, "grad", grad, input);
   CONVKIT_CHECK(grad.sizes() == input.sizes(), op, "grad", "got size ", grad.sizes(), "; accepts the input's, ", input.sizes());
   bool channels_last = is_channels_last(input);
+  if (mask.has_value()) check_dense(op, "mask", *mask, input);
   if (mask.has_value())
     CONVKIT_CHECK(mask->scalar_type() == at::kByte && mask->is_contiguous() && mask->numel() == mask_bytes(input, channels_last), op, "mask", "got ", mask->numel(),
                   " elements of ", mask->scalar_type(), "; accepts the mask that batch_norm_relu returned for this input");
   Tensor w = per_channel(op, "weight", weight, input), b = per_channel(op, "bias", bias, input);
   Tensor m = per_channel(op, "mean", mean, input), v = per_channel(op, "var", var, input);
+  gpu::Scope scope(input);
   auto wide = input.options().dtype(compute_type(input.scalar_type()));
   auto like = [&](bool wanted) { return wanted ? new_tensor(input.sizes(), input, channels_last) : at::empty({0}, input.options()); };
   Tensor grad_input = like(output_mask[0]), grad_residual = like(output_mask[1]);
   Tensor grad_weight = at::zeros({output_mask[2] ? input.size(1) : 0}, wide), grad_bias = at::zeros({output_mask[3] ? input.size(1) : 0}, wide);
   if (input.numel() != 0) {
     Tensor g = grad.contiguous(format(channels_last)), x = input.contiguous(format(channels_last));
-    cpu::BatchNormArgs args{};
+    BatchNormArgs args{};
     args.shape = shape_of(x, dtype, channels_last);
-    args.x = x.const_data_ptr();
-    args.grad = g.const_data_ptr();
-    args.weight = data(w), args.bias = data(b), args.mean = data(m), args.var = data(v);
+    args.x = in("the input", x);
+    args.grad = in("the gradient of the output", g);
+    args.weight = in("the weight", w), args.bias = in("the bias", b);
+    args.mean = const_cast<void*>(in("the mean", m)), args.var = const_cast<void*>(in("the variance", v));
     args.eps = eps;
     args.training = training;
-    args.mask = mask.has_value() ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
-    args.grad_x = output_mask[0] ? data(grad_input) : nullptr;
-    args.grad_residual = output_mask[1] ? data(grad_residual) : nullptr;
-    args.grad_weight = output_mask[2] ? data(grad_weight) : nullptr;
-    args.grad_bias = output_mask[3] ? data(grad_bias) : nullptr;
-    Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
-    args.workspace = data(ws);
-    cpu::kernels().batch_norm_relu_grad(args, pool());
+    args.mask = mask.has_value() ? static_cast<uint8_t*>(const_cast<void*>(in("the mask", *mask))) : nullptr;
+    args.grad_x = output_mask[0] ? out("the gradient of the input", grad_input) : nullptr;
+    args.grad_residual = output_mask[1] ? out("the gradient of the residual", grad_residual) : nullptr;
+    args.grad_weight = output_mask[2] ? out("the gradient of the weight", grad_weight) : nullptr;
+    args.grad_bias = output_mask[3] ? out("the gradient of the bias", grad_bias) : nullptr;
+#if defined(CONVKIT_GPU)
+    if (gpu::runs(input))
+      on_gpu(op, args.shape, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+        args.workspace = ws;
+        cuda::batch_norm_relu_grad(args, plan, stream);
+      });
+#endif
+#if !defined(CONVKIT_EMULATION)
+    if (!gpu::runs(input)) {
+      Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
+      args.workspace = ws.mutable_data_ptr();
+      cpu::kernels().batch_norm_relu_grad(args, pool());
+    }
+#endif
   }
   // A gradient has its parameter's dtype.
   if (weight.has_value()) grad_weight = grad_weight.to(weight->scalar_type());
@@ -133,6 +165,19 @@ void update_running_stats_(Tensor& running_mean, Tensor& running_var, const Tens
   const char* op = "update_running_stats_";
   for (const Tensor* t : {&running_mean, &running_var})
     CONVKIT_CHECK(t->dim() == 1 && t->size(0) == mean.size(0) && var.size(0) == mean.size(0), op, "running statistics", "got size ", t->sizes(), "; accepts [", mean.size(0), "]");
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(running_mean) && mean.size(0) > 0) {
+    for (const Tensor& t : {running_var, mean, var}) check_dense(op, "running statistics", t, running_mean);
+    gpu::Scope scope(running_mean);
+    gpu::facts(op, running_mean);
+    Tensor m = mean.to(at::kDouble).contiguous(), v = var.to(at::kDouble).contiguous();
+    cuda::RunningStatistics args{mean.size(0), momentum, count > 1 ? double(count) / double(count - 1) : 1.0, static_cast<const double*>(in("the mean", m)), static_cast<const double*>(in("the variance", v)),
+                                 dtype_of(op, "running_mean", running_mean), out("running_mean", running_mean), running_mean.stride(0),
+                                 dtype_of(op, "running_var", running_var), out("running_var", running_var), running_var.stride(0)};
+    cuda::update_running_statistics(args, gpu::stream(running_mean));
+    return;
+  }
+#endif
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running_mean.scalar_type(), "update_running_stats_", [&] {
     auto rm = running_mean.accessor<scalar_t, 1>(), rv = running_var.accessor<scalar_t, 1>();
     Tensor m = mean.to(at::kDouble), v = var.to(at::kDouble);
@@ -149,15 +194,26 @@ void update_running_stats_(Tensor& running_mean, Tensor& running_var, const Tens
 Tensor channel_sum(const Tensor& grad) {
   const char* op = "channel_sum";
   check_4d(op, "grad", grad);
-  check_dense_cpu(op, "grad", grad);
+  check_dense(op, "grad", grad, grad);
   DType dtype = dtype_of(op, "grad", grad);
   Tensor out = at::zeros({grad.size(1)}, grad.options().memory_format(at::MemoryFormat::Contiguous));
   if (grad.numel() == 0) return out;
+  gpu::Scope scope(grad);
   bool channels_last = is_channels_last(grad);
   Tensor g = grad.contiguous(format(channels_last));
-  cpu::ChannelShape shape = shape_of(g, dtype, channels_last);
+  ChannelShape shape = shape_of(g, dtype, channels_last);
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(grad)) {
+    on_gpu(op, shape, grad, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+      cuda::channel_sum(shape, plan, in("the gradient", g), convkit::out("the sums", out), ws, stream);
+    });
+    return out;
+  }
+#endif
+#if !defined(CONVKIT_EMULATION)
   Tensor ws = workspace(cpu::kernels().channel_workspace(shape), grad);
-  cpu::kernels().channel_sum(shape, g.const_data_ptr(), data(out), data(ws), pool());
+  cpu::kernels().channel_sum(shape, g.const_data_ptr(), out.mutable_data_ptr(), ws.mutable_data_ptr(), pool());
+#endif
   return out;
 }
 
@@ -184,23 +240,36 @@ ColumnsProblem columns_problem(const char* op, int64_t n, int64_t c, IntArrayRef
   return a;
 }
 
+void run_columns([[maybe_unused]] const char* op, const ColumnsArgs& args, const Tensor& input, bool to_columns) {
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(input)) {
+    gpu::facts(op, input);
+    return to_columns ? cuda::im2col(args, gpu::stream(input)) : cuda::col2im(args, gpu::stream(input));
+  }
+#endif
+#if !defined(CONVKIT_EMULATION)
+  to_columns ? cpu::kernels().im2col(args, pool()) : cpu::kernels().col2im(args, pool());
+#endif
+}
+
 Tensor im2col(const Tensor& input, IntArrayRef kernel_size, IntArrayRef dilation, IntArrayRef padding, IntArrayRef stride) {
   const char* op = "im2col";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   CONVKIT_CHECK(input.size(1) > 0, op, "input", "got size ", input.sizes(), "; only the batch may be empty");
   DType dtype = dtype_of(op, "input", input);
   ColumnsProblem a = columns_problem(op, input.size(0), input.size(1), input.sizes().slice(2), kernel_size, dilation, padding, stride);
+  gpu::Scope scope(input);
   Tensor x = input.contiguous();
   Tensor out = new_tensor({a.n, a.c * a.r * a.s, a.p * a.q}, input, false);
-  if (out.numel() != 0) cpu::kernels().im2col({a, dtype, x.const_data_ptr(), data(out)}, pool());
+  if (out.numel() != 0) run_columns(op, {a, dtype, in("the input", x), convkit::out("the output", out)}, input, true);
   return out;
 }
 
 Tensor col2im(const Tensor& input, IntArrayRef output_size, IntArrayRef kernel_size, IntArrayRef dilation, IntArrayRef padding, IntArrayRef stride) {
   const char* op = "col2im";
   CONVKIT_CHECK(input.dim() == 3, op, "input", "got ", input.dim(), "-D size ", input.sizes(), "; accepts 3-D (N, C * kernel height * kernel width, blocks)");
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   CONVKIT_CHECK(input.size(1) > 0 && input.size(2) > 0, op, "input", "got size ", input.sizes(), "; only the batch may be empty");
   DType dtype = dtype_of(op, "input", input);
   ColumnsProblem a = columns_problem(op, input.size(0), 0, output_size, kernel_size, dilation, padding, stride);
@@ -208,15 +277,16 @@ Tensor col2im(const Tensor& input, IntArrayRef output_size, IntArrayRef kernel_s
   a.c = input.size(1) / (a.r * a.s);
   CONVKIT_CHECK(input.size(2) == a.p * a.q, op, "input", "got ", input.size(2), " blocks; output_size ", output_size, ", kernel_size ", kernel_size, ", dilation ", dilation,
                 ", padding ", padding, " and stride ", stride, " make ", a.p, " * ", a.q, " = ", a.p * a.q);
+  gpu::Scope scope(input);
   Tensor x = input.contiguous();
   Tensor out = new_tensor({a.n, a.c, a.h, a.w}, input, false);
-  if (out.numel() != 0) cpu::kernels().col2im({a, dtype, x.const_data_ptr(), data(out)}, pool());
+  if (out.numel() != 0) run_columns(op, {a, dtype, in("the input", x), convkit::out("the output", out)}, input, false);
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(convkit, CPU, m) {
+void register_channels(torch::Library& m) {
   m.impl("batch_norm_relu", batch_norm_relu);
   m.impl("batch_norm_relu_grad", batch_norm_relu_grad);
   m.impl("update_running_stats_", update_running_stats_);

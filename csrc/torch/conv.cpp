@@ -1,6 +1,5 @@
 // Convolutions: check arguments, fill a ConvProblem, plan, allocate, run.
 #include <ATen/ops/full.h>
-#include <torch/library.h>
 
 #include <cstdlib>
 #include <iostream>
@@ -89,38 +88,65 @@ ConvProblem problem_of(const char* op, DType dtype, bool channels_last, int64_t 
   return a;
 }
 
-void print_plan_once(const ConvProblem& a, Pass pass, const cpu::Pool& threads, const ConvPlan& plan) {
+bool printing_plans() {
   static const bool wanted = [] {
     const char* v = std::getenv("CONVKIT_PRINT_PLAN");
     return v != nullptr && *v != '\0' && std::string_view(v) != "0";
   }();
-  if (!wanted) return;
+  return wanted;
+}
+
+void print_once(const std::string& line) {
   static std::mutex lock;
   static std::set<std::string> printed;
-  CpuFacts facts = cpu::kernels().facts;
-  facts.threads = threads.threads;
-  std::string line = describe(a, pass, facts, plan);
   std::lock_guard<std::mutex> hold(lock);
   if (printed.insert(line).second) std::cerr << "convkit: " << line << std::endl;
 }
 
-void run(cpu::ConvArgs args, Pass pass, const Tensor& like) {
+#if defined(CONVKIT_GPU)
+void run_on_gpu(const char* op, ConvArgs args, Pass pass, const Tensor& like) {
+  const cuda::DeviceFacts& facts = gpu::facts(op, like);
+  bool aligned = true;
+  for (const void* p : {args.src, args.x, args.bias, static_cast<const void*>(args.dst)}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, aligned, least); },
+                      [&](int64_t bytes) { return workspace(bytes, like); },
+                      [&](const CudaConvPlan& plan, const Tensor& ws) {
+                        if (printing_plans()) print_once(describe(args.problem, pass, facts, plan));
+                        args.workspace = out("the workspace", ws);
+                        cuda::conv(args, plan, pass, gpu::stream(like));
+                      });
+}
+#endif
+
+#if !defined(CONVKIT_EMULATION)
+void run_on_cpu(const ConvArgs& arguments, Pass pass, const Tensor& like) {
+  cpu::ConvArgs args{arguments, {}};
   cpu::Pool threads = pool();
   const cpu::Kernels& table = cpu::kernels();
   CpuFacts facts = table.facts;
   facts.threads = threads.threads;
   args.plan = plan_conv(args.problem, pass, facts);
-  print_plan_once(args.problem, pass, threads, args.plan);
+  if (printing_plans()) print_once(describe(args.problem, pass, facts, args.plan));
   Tensor ws = workspace(args.plan.workspace_bytes, like);
   args.workspace = ws.mutable_data_ptr();
   table.conv(args, pass, threads);
+}
+#endif
+
+void run([[maybe_unused]] const char* op, const ConvArgs& args, Pass pass, const Tensor& like) {
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(like)) return run_on_gpu(op, args, pass, like);
+#endif
+#if !defined(CONVKIT_EMULATION)
+  run_on_cpu(args, pass, like);
+#endif
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
               int64_t groups, Activation activation) {
   const char* op = "conv2d";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   Geometry g{stride, padding, dilation, groups};
   check_weight(op, weight, groups);
@@ -133,34 +159,36 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   bool channels_last = is_channels_last(input) || is_channels_last(weight);
   ConvProblem a = problem_of(op, dtype, channels_last, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(2), weight.size(3), g);
   // Without channels the result has none either: PyTorch's rule.
+  gpu::Scope scope(input);
   Tensor out = new_tensor({a.n, a.c == 0 ? 0 : a.k, a.p, a.q}, input, channels_last && input.numel() != 0);
   if (out.numel() == 0) return out;
   Tensor x = input.contiguous(format(channels_last)), b = bias.has_value() ? bias->contiguous() : Tensor();
-  cpu::ConvArgs args{};
+  ConvArgs args{};
   args.problem = a;
-  args.src = x.const_data_ptr();
-  args.weight = weight.const_data_ptr();
+  args.src = in("the input", x);
+  args.weight = in("the weight", weight);
   args.weight_strides = weight_strides(weight);
-  args.bias = b.defined() ? b.const_data_ptr() : nullptr;
-  args.dst = out.mutable_data_ptr();
+  args.bias = in("the bias", b);
+  args.dst = convkit::out("the output", out);
   args.relu = relu;
-  run(args, Pass::forward, input);
+  run(op, args, Pass::forward, input);
   return out;
 }
 
 // Shared by the input gradient and the transposed convolution, which are the same sum.
-Tensor input_grad(const Tensor& grad, const Tensor& weight, const OptionalTensor& bias, const ConvProblem& a, bool channels_last) {
+Tensor input_grad(const char* op, const Tensor& grad, const Tensor& weight, const OptionalTensor& bias, const ConvProblem& a, bool channels_last) {
+  gpu::Scope scope(grad);
   Tensor out = new_tensor({a.n, a.c, a.h, a.w}, grad, channels_last && a.n * a.c != 0);
   if (out.numel() == 0) return out;
   Tensor g = grad.contiguous(format(channels_last)), b = bias.has_value() ? bias->contiguous() : Tensor();
-  cpu::ConvArgs args{};
+  ConvArgs args{};
   args.problem = a;
-  args.src = g.const_data_ptr();
-  args.weight = weight.const_data_ptr();
+  args.src = in("the gradient of the output", g);
+  args.weight = in("the weight", weight);
   args.weight_strides = weight_strides(weight);
-  args.bias = b.defined() ? b.const_data_ptr() : nullptr;
-  args.dst = out.mutable_data_ptr();
-  run(args, Pass::input_grad, grad);
+  args.bias = in("the bias", b);
+  args.dst = convkit::out("the output", out);
+  run(op, args, Pass::input_grad, grad);
   return out;
 }
 
@@ -168,7 +196,7 @@ Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight, IntArrayRef i
                          int64_t groups, bool channels_last) {
   const char* op = "conv2d_input_grad";
   check_4d(op, "grad", grad);
-  check_dense_cpu(op, "grad", grad);
+  check_dense(op, "grad", grad, grad);
   DType dtype = dtype_of(op, "grad", grad);
   Geometry g{stride, padding, dilation, groups};
   check_weight(op, weight, groups);
@@ -179,7 +207,7 @@ Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight, IntArrayRef i
   int64_t filters = a.c == 0 ? 0 : a.k;
   CONVKIT_CHECK(grad.size(1) == filters && grad.size(2) == a.p && grad.size(3) == a.q, op, "grad", "got size ", grad.sizes(), "; accepts ",
                 std::vector<int64_t>({a.n, filters, a.p, a.q}), ", the convolution's output");
-  return input_grad(grad, weight, std::nullopt, a, channels_last);
+  return input_grad(op, grad, weight, std::nullopt, a, channels_last);
 }
 
 Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
@@ -187,7 +215,7 @@ Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& input, IntArrayRef k
   const char* op = "conv2d_weight_grad";
   check_4d(op, "grad", grad);
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   check_like(op, "grad", grad, input);
   Geometry g{stride, padding, dilation, groups};
@@ -199,17 +227,18 @@ Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& input, IntArrayRef k
   ConvProblem a = problem_of(op, dtype, channels_last, input.size(0), input.size(1), input.size(2), input.size(3), kernel_size[0], kernel_size[1], kernel_size[2], g);
   CONVKIT_CHECK(grad.size(0) == a.n && grad.size(1) == (a.c == 0 ? 0 : a.k) && grad.size(2) == a.p && grad.size(3) == a.q, op, "grad", "got size ", grad.sizes(), "; accepts ",
                 std::vector<int64_t>({a.n, a.k, a.p, a.q}), ", the convolution's output");
+  gpu::Scope scope(input);
   Tensor out = new_tensor({a.k, a.c / groups, a.r, a.s}, input, channels_last && a.c != 0);
   if (out.numel() == 0) return out;
   if (a.n == 0) return out.zero_();
   Tensor gradient = grad.contiguous(format(channels_last)), x = input.contiguous(format(channels_last));
-  cpu::ConvArgs args{};
+  ConvArgs args{};
   args.problem = a;
-  args.src = gradient.const_data_ptr();
-  args.x = x.const_data_ptr();
-  args.dst = out.mutable_data_ptr();
+  args.src = in("the gradient of the output", gradient);
+  args.x = in("the input", x);
+  args.dst = convkit::out("the output", out);
   args.weight_strides = weight_strides(out);
-  run(args, Pass::weight_grad, input);
+  run(op, args, Pass::weight_grad, input);
   return out;
 }
 
@@ -217,7 +246,7 @@ Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const Optiona
                         IntArrayRef dilation, int64_t groups) {
   const char* op = "conv_transpose2d";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   check_weight(op, weight, groups);
   check_geometry(op, {stride, padding, dilation, groups}, 2);
@@ -250,13 +279,13 @@ Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const Optiona
   a.p = input.size(2), a.q = input.size(3);
   if (a.p > 1) a.stride_h = stride[0];
   if (a.q > 1) a.stride_w = stride[1];
-  return input_grad(input, weight, bias, a, channels_last);
+  return input_grad(op, input, weight, bias, a, channels_last);
 }
 
 // A per-channel scale or shift in the arithmetic's type.
 Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, const Tensor& input, int64_t channels) {
   if (!t.has_value()) return Tensor();
-  check_dense_cpu(op, arg, *t);
+  check_dense(op, arg, *t, input);
   CONVKIT_CHECK(t->dim() == 1 && t->size(0) == channels, op, arg, "got size ", t->sizes(), "; accepts 1-D with one value a channel, [", channels, "]");
   CONVKIT_CHECK(t->scalar_type() == input.scalar_type() || t->scalar_type() == compute_type(input.scalar_type()), op, arg, "got dtype ", t->scalar_type(), "; accepts ",
                 input.scalar_type(), " or ", compute_type(input.scalar_type()));
@@ -268,7 +297,7 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, con
                         Activation activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
   const char* op = "separable_conv2d";
   check_4d(op, "input", input);
-  check_dense_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   DType dtype = dtype_of(op, "input", input);
   int64_t c = input.size(1);
   CONVKIT_CHECK(c > 0, op, "input", "got size ", input.sizes(), "; accepts at least one channel");
@@ -283,35 +312,45 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, con
   Geometry g{stride, padding, dilation, c};
   check_geometry(op, g);
   bool channels_last = is_channels_last(input) || is_channels_last(depthwise_weight) || is_channels_last(pointwise_weight);
-  cpu::SeparableArgs args{};
+  SeparableArgs args{};
   args.problem = problem_of(op, dtype, channels_last, input.size(0), c, input.size(2), input.size(3), middle, depthwise_weight.size(2), depthwise_weight.size(3), g);
   args.filters = pointwise_weight.size(0);
   args.depthwise_relu = parse_relu(op, "depthwise_activation", depthwise_activation);
   args.relu = parse_relu(op, "activation", activation);
   Tensor per[4] = {per_channel(op, "depthwise_scale", depthwise_scale, input, middle), per_channel(op, "depthwise_shift", depthwise_shift, input, middle),
                    per_channel(op, "scale", scale, input, args.filters), per_channel(op, "shift", shift, input, args.filters)};
+  gpu::Scope scope(input);
   Tensor out = new_tensor({args.problem.n, args.filters, args.problem.p, args.problem.q}, input, channels_last && input.numel() != 0);
   if (out.numel() == 0) return out;
   Tensor x = input.contiguous(format(channels_last));
-  args.x = x.const_data_ptr();
-  args.depthwise_weight = depthwise_weight.const_data_ptr();
-  args.pointwise_weight = pointwise_weight.const_data_ptr();
+  args.x = in("the input", x);
+  args.depthwise_weight = in("the depthwise weight", depthwise_weight);
+  args.pointwise_weight = in("the pointwise weight", pointwise_weight);
   args.depthwise_strides = weight_strides(depthwise_weight);
   args.pointwise_strides = weight_strides(pointwise_weight);
-  const void** into[4] = {&args.depthwise_scale, &args.depthwise_shift, &args.scale, &args.shift};
-  for (int i = 0; i < 4; ++i) *into[i] = per[i].defined() ? per[i].const_data_ptr() : nullptr;
-  args.y = out.mutable_data_ptr();
+  args.depthwise_scale = in("depthwise_scale", per[0]), args.depthwise_shift = in("depthwise_shift", per[1]);
+  args.scale = in("scale", per[2]), args.shift = in("shift", per[3]);
+  args.y = convkit::out("the output", out);
+#if defined(CONVKIT_GPU)
+  if (gpu::runs(input)) {
+    gpu::facts(op, input);
+    cuda::separable_simt(args, gpu::stream(input));
+    return out;
+  }
+#endif
+#if !defined(CONVKIT_EMULATION)
   cpu::Pool threads = pool();
   const cpu::Kernels& table = cpu::kernels();
   Tensor ws = workspace(table.separable_workspace(args, threads), input);
   args.workspace = ws.mutable_data_ptr();
   table.separable(args, threads);
+#endif
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(convkit, CPU, m) {
+void register_conv(torch::Library& m) {
   m.impl("conv2d", conv2d);
   m.impl("conv2d_input_grad", conv2d_input_grad);
   m.impl("conv2d_weight_grad", conv2d_weight_grad);

@@ -111,6 +111,16 @@ py::list words(const char* text) {
 }  // namespace
 }  // namespace convkit
 
+TORCH_LIBRARY_IMPL(convkit, CPU, m) {
+  convkit::register_conv(m);
+  convkit::register_channels(m);
+}
+#if defined(CONVKIT_CUDA)
+TORCH_LIBRARY_IMPL(convkit, CUDA, m) {
+  convkit::register_conv(m);
+  convkit::register_channels(m);
+}
+#endif
 TORCH_LIBRARY_IMPL(convkit, AutocastCPU, m) { convkit::Autocast<c10::kCPU>::rules(m); }
 TORCH_LIBRARY_IMPL(convkit, AutocastCUDA, m) { convkit::Autocast<c10::kCUDA>::rules(m); }
 

@@ -5,14 +5,20 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #include "../cpu/kernels.h"
 #include "../problem.h"
+#include "gpu.h"
 
 namespace convkit {
 
 using at::IntArrayRef;
 using at::Tensor;
+
+// The operators of conv.cpp and channels.cpp, for any device that has kernels.
+void register_conv(torch::Library&);
+void register_channels(torch::Library&);
 
 // `op` and `arg` go into the message: "convkit.conv2d: weight: got …; accepts …".
 #define CONVKIT_CHECK(condition, op, arg, ...) TORCH_CHECK(condition, "convkit.", op, ": ", arg, ": ", __VA_ARGS__)
@@ -39,19 +45,20 @@ inline at::MemoryFormat format(bool channels_last) {
 }
 inline Layout layout(bool channels_last) { return channels_last ? Layout::nhwc : Layout::nchw; }
 
-inline void check_dense_cpu(const char* op, const char* arg, const Tensor& t) {
-  CONVKIT_CHECK(t.device().is_cpu(), op, arg, "got a tensor on ", t.device(), "; accepts the device of the other arguments, cpu: move it with .to(\"cpu\")");
+// Dense, and on the device of `input`, which is where the operator runs.
+inline void check_dense(const char* op, const char* arg, const Tensor& t, const Tensor& input) {
+  CONVKIT_CHECK(t.device() == input.device(), op, arg, "got a tensor on ", t.device(), "; accepts the device of the input, ", input.device(), ": move it with .to(\"", input.device(), "\")");
   CONVKIT_CHECK(t.layout() == at::kStrided, op, arg, "got layout ", t.layout(), "; accepts dense tensors: convert it with .to_dense()");
 }
 
 inline void check_like(const char* op, const char* arg, const Tensor& t, const Tensor& input) {
-  check_dense_cpu(op, arg, t);
+  check_dense(op, arg, t, input);
   CONVKIT_CHECK(t.scalar_type() == input.scalar_type(), op, arg, "got dtype ", t.scalar_type(), "; accepts the input's, ", input.scalar_type(),
                 ": convert one of them with .to(dtype)");
 }
 
 inline Tensor new_tensor(IntArrayRef sizes, const Tensor& like, bool channels_last) {
-  return at::empty(sizes, like.options().memory_format(format(channels_last)));
+  return gpu::fresh(at::empty(sizes, like.options().memory_format(format(channels_last))));
 }
 
 // Threads are torch's own (at::parallel_for), so torch.set_num_threads holds and one OpenMP runtime does all the work.
@@ -63,9 +70,22 @@ inline cpu::Pool pool() {
 
 // Kernels allocate nothing: they are given their workspace, from torch's allocator.
 inline Tensor workspace(int64_t bytes, const Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  gpu::check_allocation(bytes);
+  return gpu::fresh(at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)));
 }
 
-inline cpu::WeightStrides weight_strides(const Tensor& w) { return {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}; }
+// What a kernel reads or writes. The name is for the emulator's reports.
+inline const void* in(const char* name, const Tensor& t) {
+  if (!t.defined()) return nullptr;
+  gpu::lend(name, t, false);
+  return t.const_data_ptr();
+}
+inline void* out(const char* name, const Tensor& t) {
+  if (!t.defined()) return nullptr;
+  gpu::lend(name, t, true);
+  return t.mutable_data_ptr();
+}
+
+inline WeightStrides weight_strides(const Tensor& w) { return {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}; }
 
 }  // namespace convkit

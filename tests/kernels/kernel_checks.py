@@ -286,6 +286,24 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_device = torch.device("cpu")
+
+
+def set_device(device: torch.device) -> None:
+    """Where convkit computes from now on; PyTorch, which it is held against, stays on the CPU."""
+    global _device
+    _device = device
+
+
+def place(t: Tensor) -> Tensor:
+    """The same values, strides and alignment on convkit's device."""
+    if _device.type == "cpu":
+        return t
+    size = t.untyped_storage().nbytes() // t.element_size()
+    whole = torch.as_strided(t.detach(), (size,), (1,), 0).to(_device)
+    return torch.as_strided(whole, t.shape, t.stride(), t.storage_offset())
+
+
 # The largest of many small errors is one element's, and half luck. Where the first draw fails, the root mean square
 # over this many draws decides: of two equally good sums, one is twice as far off in every hundredth draw, not in 32.
 _DRAWS = 32
@@ -331,7 +349,8 @@ def _draw_errors(make, grad_layout, gradients: bool, seed: int) -> tuple[Sample,
     if grad_layout:
         grad = grad_layout(grad)
     want = exact.evaluate(reference, grad.double(), gradients)
-    peer, got = sample.evaluate(reference, grad, gradients), sample.evaluate(CF, grad, gradients)
+    peer = sample.evaluate(reference, grad, gradients)
+    got = {name: t.cpu() for name, t in sample.map(place).evaluate(CF, place(grad), gradients).items()}
     errors = {}
     for name, right in want.items():
         value = got[name]

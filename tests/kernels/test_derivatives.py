@@ -9,7 +9,9 @@ from kernel_checks import (
     Sample,
     batch_norm_sample,
     conv_sample,
+    place,
     separable_sample,
+    set_device,
     small_samples,
     transpose_sample,
 )
@@ -28,16 +30,25 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def _everywhere(backend):
+    set_device(backend)
+    yield
+    set_device(torch.device("cpu"))
+
+
 def differentiable(sample: Sample):
     """The sample as a function of its tensors, and these, asking for gradients.
 
     A little is added to every value: on the grid of sixteenths a sum could be exactly zero, and ReLU has a kink there.
     """
     names = list(sample.tensors)
-    tensors = [t.detach() + 0.01 * torch.rand_like(t) for t in sample.tensors.values()]
+    tensors = [place(t.detach() + 0.01 * torch.rand_like(t)) for t in sample.tensors.values()]
+    sample = sample.map(place)
     return (lambda *values: sample(CF, **dict(zip(names, values, strict=True)))), [t.requires_grad_() for t in tensors]
 
 
+@pytest.mark.usefixtures("_everywhere")
 @pytest.mark.parametrize("layout", ("nchw", "nhwc"))
 @pytest.mark.parametrize("name", SAMPLES)
 def test_gradcheck(name: str, layout: str):
@@ -45,6 +56,7 @@ def test_gradcheck(name: str, layout: str):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=layout == "nhwc", check_batched_grad=False)
 
 
+@pytest.mark.usefixtures("_everywhere")
 @pytest.mark.parametrize("layout", ("nchw", "nhwc"))
 @pytest.mark.parametrize("name", SAMPLES)
 def test_gradgradcheck(name: str, layout: str):

@@ -1,5 +1,6 @@
 """Every operator, forward and all gradients, over the table of problems: at most twice PyTorch's error.
 
+On the CPU, with the CUDA kernels run by the emulator, and on a GPU where there is one: `backend` in tests/conftest.py.
 One thread: that any number of threads gives the same bits is shown over the same table by test_repeatable.py, and
 test_isa.py runs this file again for every other instruction set of the machine.
 """
@@ -17,7 +18,9 @@ from kernel_checks import (
     col2im_sample,
     conv_sample,
     im2col_sample,
+    place,
     separable_sample,
+    set_device,
     small_samples,
     transpose_sample,
 )
@@ -35,8 +38,11 @@ COLUMNS = [problem for problem in TEST_PROBLEMS if problem.torch_padding is not 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _everywhere(backend):
     torch.set_num_threads(1)
+    set_device(backend)
+    yield
+    set_device(torch.device("cpu"))
 
 
 def dice(problem: object, sides: int) -> int:
@@ -162,5 +168,5 @@ def test_float64_convolution_is_exact():
     """On a grid of sixteenths there is one right answer: PyTorch's, whatever the order of the sum."""
     sample = conv_sample(ConvProblem.parse("n2c260h5w5k70r3s3p1_f64_nhwc"), torch.Generator().manual_seed(0))
     right = sample.evaluate(reference)
-    for name, value in sample.evaluate(convkit.functional).items():
-        assert torch.equal(value, right[name]), name
+    for name, value in sample.map(place).evaluate(convkit.functional).items():
+        assert torch.equal(value.cpu(), right[name]), name

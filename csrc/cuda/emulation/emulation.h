@@ -35,6 +35,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +43,8 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "lending.h"
 
 #undef __shared__
 #define __shared__ static
@@ -56,10 +59,6 @@ struct Device {
   int64_t shared_bytes_per_block = 227 << 10, l2_bytes = 50 << 20;
 };
 Device& device();
-
-// The buffers that the launches of this (host) thread may touch, until take_back(). `name` is for the reports.
-void lend(const void* begin, int64_t bytes, bool writable, const char* name);
-void take_back();
 
 // Counters of this process, for tests that something ran at all.
 struct Counters {
@@ -176,6 +175,10 @@ template <class T, class F> T atomic(T* at, F&& next) {
 }
 
 }  // namespace convkit::emulation
+
+using std::isfinite;
+using std::max;
+using std::min;
 
 #define threadIdx (::convkit::emulation::self->thread)
 #define blockIdx (::convkit::emulation::self->block)

@@ -1,12 +1,14 @@
 // The Python module `_emulated` of the tests: convkit's operators with the CUDA kernels run by the emulator on the
 // memory of CPU tensors, and kernels with planted errors.
 #include <pybind11/pybind11.h>
+#include <torch/library.h>
 
 #include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "emulation.h"
+#include "torch/tensors.h"
 
 namespace py = pybind11;
 
@@ -24,6 +26,15 @@ PYBIND11_MODULE(_emulated, m) {
     emulation::take_back();
     if (!known) throw std::invalid_argument("no planted kernel is called " + name);
   });
+  // While they are installed, the operators of CPU tensors run here; what was registered before comes back afterwards.
+  static std::unique_ptr<torch::Library> installed;
+  m.def("install", [] {
+    installed = std::make_unique<torch::Library>(torch::Library::IMPL, "convkit", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    convkit::register_conv(*installed);
+    convkit::register_channels(*installed);
+  });
+  m.def("uninstall", [] { installed.reset(); });
+  m.def("set_most_workspace_bytes", [](int64_t bytes) { emulation::most_workspace_bytes() = bytes; });
   m.def("set_device", [](int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
     emulation::device().major = major, emulation::device().minor = minor;
     emulation::device().multiprocessors = multiprocessors;

@@ -98,7 +98,6 @@ struct Shadow {
   bool shared_reading;      // more than one thread read at `read`
   bool across_warps;        // and not all of one warp
 };
-constexpr uint16_t kNobody = 0xffff;
 
 struct Copy {
   void* to;
@@ -148,7 +147,7 @@ struct State {
   void* arg;
   Context scheduler;
   std::vector<Buffer> buffers;
-  std::vector<std::unique_ptr<Fibre>> fibres;  // kept from launch to launch with their stacks
+  std::vector<Fibre*> fibres;  // kept from launch to launch with their stacks
   std::vector<Warp> warps;
   std::vector<Block> blocks;
   Fibre* current = nullptr;
@@ -243,52 +242,52 @@ void yield() {
 
 // ---- accesses ----------------------------------------------------------------------------------------------------------
 
-// Is what thread `other` of the cluster did at `time` ordered before what this one does now?
-bool ordered(const Fibre& f, uint16_t other, uint32_t time) {
+// Is what thread `other` of the cluster did at `time` ordered before what this one does now? A synchronisation of a block
+// counts for its warps, and one of the cluster for both.
+inline bool ordered(const Fibre& f, uint16_t other, uint32_t time) {
   if (other == f.number) return true;
   const Fibre& o = *state.fibres[other];
-  if (o.warp == f.warp) return time < std::max(f.warp->synchronised, std::max(f.owner->synchronised, state.cluster_synchronised));
-  if (o.owner == f.owner) return time < std::max(f.owner->synchronised, state.cluster_synchronised);
-  return time < state.cluster_synchronised;
+  return time < (o.warp == f.warp ? f.warp->synchronised : o.owner == f.owner ? f.owner->synchronised : state.cluster_synchronised);
+}
+
+// What is written to, by whom and when, and that it may be; what is read, likewise.
+void check_write(Fibre& f, Shadow& s, bool async, const void* where) {
+  bool initialised = s.written >= state.started;
+  if (initialised && !ordered(f, s.writer, s.written))
+    stop("a write to shared memory that " + who(*state.fibres[s.writer]) + " has written since the last barrier", where);
+  if (initialised && s.pending && !async) stop("a write to shared memory that a cp.async is still copying to (no wait has completed it)", where);
+  if (s.read >= state.started) {
+    const Fibre& r = *state.fibres[s.reader];
+    uint32_t since = r.owner != f.owner ? state.cluster_synchronised : s.across_warps || r.warp != f.warp ? f.owner->synchronised : f.warp->synchronised;
+    bool mine = s.reader == f.number && !s.shared_reading;
+    if (!mine && s.read >= since) stop("a write to shared memory that " + who(r) + " has read since the last barrier", where);
+  }
+  s.written = state.now;
+  s.writer = f.number;
+  s.pending = async;
+}
+
+inline void check_read(Fibre& f, Shadow& s, const void* where) {
+  if (s.written < state.started) stop("a read of shared memory that nothing in this block has written", where);
+  if (s.writer != f.number && s.written >= f.owner->synchronised && !ordered(f, s.writer, s.written))
+    stop("a read of shared memory that " + who(*state.fibres[s.writer]) + " has written since the last barrier", where);
+  if (s.pending) stop("a read of shared memory that a cp.async is still copying to (no wait has completed it)", where);
+  if (s.read < f.owner->synchronised) {
+    s.shared_reading = s.across_warps = false;
+  } else if (s.reader != f.number) {
+    if (state.fibres[s.reader]->warp != f.warp) s.across_warps = s.shared_reading = true;
+    else if (s.read >= f.warp->synchronised) s.shared_reading = true;
+    else s.shared_reading = s.across_warps;  // the earlier reader of this warp is ordered before what follows
+  }
+  s.reader = f.number;
+  s.read = state.now;
 }
 
 void check_shared(Fibre& f, Shadow* s, int64_t granules, bool write, bool async, const void* where) {
-  for (int64_t i = 0; i < granules; ++i, ++s) {
-    bool initialised = s->written >= state.started;
-    if (initialised && s->writer != kNobody && !ordered(f, s->writer, s->written))
-      stop(std::string(write ? "a write to" : "a read of") + " shared memory that " + who(*state.fibres[s->writer]) + " has written since the last barrier", where);
-    if (s->pending && initialised && !async)
-      stop(std::string(write ? "a write to" : "a read of") + " shared memory that a cp.async is still copying to (no wait has completed it)", where);
-    if (write) {
-      if (s->read >= state.started && s->read != 0) {
-        bool clear;
-        if (s->across_warps) clear = s->read < std::max(f.owner->synchronised, state.cluster_synchronised);
-        else if (s->shared_reading) {
-          const Fibre& r = *state.fibres[s->reader];
-          uint32_t since = r.warp == f.warp ? std::max(f.warp->synchronised, std::max(f.owner->synchronised, state.cluster_synchronised))
-                           : r.owner == f.owner ? std::max(f.owner->synchronised, state.cluster_synchronised) : state.cluster_synchronised;
-          clear = s->read < since;
-        } else clear = ordered(f, s->reader, s->read);
-        if (!clear) stop("a write to shared memory that " + who(*state.fibres[s->reader]) + " has read since the last barrier", where);
-      }
-      s->written = state.now;
-      s->writer = f.number;
-      s->pending = async;
-    } else {
-      if (!initialised) stop("a read of shared memory that nothing in this block has written", where);
-      bool same_time = s->read >= std::max(f.owner->synchronised, state.cluster_synchronised) && s->read >= state.started;
-      if (!same_time) {
-        s->reader = f.number, s->shared_reading = s->across_warps = false;
-      } else if (s->reader != f.number) {
-        const Fibre& r = *state.fibres[s->reader];
-        if (r.warp != f.warp) s->across_warps = s->shared_reading = true;
-        else if (s->read >= f.warp->synchronised) s->shared_reading = true;
-        else s->shared_reading = s->across_warps;  // the earlier reader of this warp is ordered before what follows
-        s->reader = f.number;
-      }
-      s->read = state.now;
-    }
-  }
+  if (write)
+    for (int64_t i = 0; i < granules; ++i) check_write(f, s[i], async, where);
+  else
+    for (int64_t i = 0; i < granules; ++i) check_read(f, s[i], where);
 }
 
 void access(Fibre& f, uintptr_t at, uint64_t bytes, bool write, bool async, const void* where) {
@@ -304,7 +303,7 @@ void access(Fibre& f, uintptr_t at, uint64_t bytes, bool write, bool async, cons
   }
   for (const Buffer& b : state.buffers) {
     uint64_t offset = at - b.begin;
-    if (offset >= b.bytes || offset + bytes > b.bytes) continue;
+    if (offset >= b.bytes || bytes > b.bytes - offset) continue;
     if (write && !b.writable) stop("a write to " + std::string(b.name) + ", which is only read", where);
     return;
   }
@@ -355,9 +354,9 @@ void entry() {
 }
 
 void release_block(Block& b) {
-  ++state.now;
-  b.synchronised = state.now;
+  b.synchronised = ++state.now;
   for (Fibre* f : b.fibres) {
+    f->warp->synchronised = state.now;
     f->barrier_result = b.votes;
     f->state = Fibre::ready;
   }
@@ -420,10 +419,10 @@ void prepare_memory() {
 
 void make_fibres(int count) {
   while (int(state.fibres.size()) < count) {
-    auto f = std::make_unique<Fibre>();
+    Fibre* f = new Fibre;
     f->stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (f->stack == MAP_FAILED) throw std::runtime_error("emulation: out of memory");
-    state.fibres.push_back(std::move(f));
+    state.fibres.push_back(f);
   }
 }
 
@@ -494,6 +493,10 @@ void lend(const void* begin, int64_t bytes, bool writable, const char* name) {
   if (bytes > 0) lent.push_back({reinterpret_cast<uintptr_t>(begin), uint64_t(bytes), writable, name});
 }
 void take_back() { lent.clear(); }
+int64_t& most_workspace_bytes() {
+  static int64_t bytes = INT64_MAX;
+  return bytes;
+}
 Counters counters() { return state.counts; }
 
 void fail(const char* what) { stop(what, __builtin_return_address(0)); }
@@ -529,8 +532,10 @@ __attribute__((noinline)) void cluster_barrier() {
     ++state.now;
     state.cluster_synchronised = state.now;
     state.cluster_waiting = 0;
-    for (Block& b : state.blocks)
-      for (Fibre* o : b.fibres) o->state = Fibre::ready;
+    for (Block& b : state.blocks) {
+      b.synchronised = state.now;
+      for (Fibre* o : b.fibres) o->state = Fibre::ready, o->warp->synchronised = state.now;
+    }
     return;
   }
   f->state = Fibre::at_cluster_barrier;
