@@ -42,16 +42,23 @@ def _tool(name: str) -> str | None:
 
 
 @functools.cache
-def load() -> ModuleType:
-    """The module, compiled where it changed: a minute or two the first time, a second after that."""
+def build(target: str) -> Path:
+    """Compiles what changed of a target of CMakeLists.txt: a minute or two the first time, a second after that."""
     folder = Path(os.environ.get("CONVKIT_EMULATED_BUILD") or ROOT / "build" / f"emulated-torch-{torch.__version__}")
     options = ["-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     options += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-Dcuda_headers={cuda_include()}"]
-    build = ["--build", str(folder), "--target", "emulated", "--parallel", os.environ.get("MAX_JOBS", "2")]
-    commands = [build] if (folder / "build.ninja").exists() else [options, build]
+    make = ["--build", str(folder), "--target", target, "--parallel", os.environ.get("MAX_JOBS", "2")]
+    commands = [make] if (folder / "build.ninja").exists() else [options, make]
     for command in commands:
         done = subprocess.run([_tool("cmake"), *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-5000:]
+    return folder
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The emulator's module, compiled where it changed."""
+    folder = build("emulated")
     path = folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         path = folder / "_emulated.so"

@@ -24,7 +24,8 @@ struct Tile {
   const void *src, *weight, *bias;
   void* dst;
   WeightStrides strides;
-  int64_t n, c, src_h, src_w, dst_h, dst_w;
+  int64_t n, c;
+  int src_h, src_w, dst_h, dst_w;
   int pad_top, pad_left;  // may be negative
   bool flip, relu;
 };
@@ -43,25 +44,26 @@ template <class S, int R> __device__ void stage_taps(const Tile& a, int64_t firs
 // ---- channels_last -----------------------------------------------------------------------------------------------------
 
 // Where a tile's source begins: the source row of local row 0 for the tile whose first output row is `first`.
-template <int R, Mode mode> __device__ __forceinline__ int64_t source_begin(int64_t first, int pad) {
+template <int R, Mode mode> __device__ __forceinline__ int source_begin(int first, int pad) {
   if (mode == Mode::grad2) return (first + pad) / 2 - (R - 1) / 2;  // first + pad is even
   return first * (mode == Mode::forward2 ? 2 : 1) - pad;
 }
 // The first output row of tile i. Phases start with the even one.
-template <Mode mode> __device__ __forceinline__ int64_t output_begin(int64_t i, int size, int pad) {
+template <Mode mode> __device__ __forceinline__ int output_begin(int i, int size, int pad) {
   return mode == Mode::grad2 ? i * size - (pad & 1) : i * size;
 }
 
 // Copies rows x columns pixels of `lanes` 16-byte vectors of channels into shared memory, zeros where there is no source.
-template <class S> __device__ void stage_pixels(const S* image, int64_t h, int64_t w, int64_t c, int64_t y0, int64_t x0, int64_t c0, int rows, int columns, int lanes_log2,
+template <class S> __device__ void stage_pixels(const S* image, int h, int w, int64_t c, int y0, int x0, int64_t c0, int rows, int columns, int lanes_log2,
                                                 const FastDiv& by_columns, S* to) {
   constexpr int V = kVec<S>;
   int lanes = 1 << lanes_log2, total = (rows * columns) << lanes_log2;
   for (int i = threadIdx.x; i < total; i += blockDim.x) {
     uint32_t column, row = by_columns.divmod(uint32_t(i >> lanes_log2), column);
-    int64_t y = y0 + row, x = x0 + column, channel = c0 + (i & (lanes - 1)) * V;
+    int y = y0 + int(row), x = x0 + int(column);
+    int64_t channel = c0 + (i & (lanes - 1)) * V;
     bool inside = y >= 0 && y < h && x >= 0 && x < w && channel < c;
-    const S* from = inside ? image + (y * w + x) * c + channel : image;
+    const S* from = inside ? image + (int64_t(y) * w + x) * c + channel : image;
     ptx::copy_async_16(to + int64_t(i) * V, from, inside ? 16 : 0);
   }
 }
@@ -74,16 +76,14 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
   T* taps = reinterpret_cast<T*>(tile + int64_t(p.in_rows) * p.in_pitch * p.lanes * V);
   uint32_t channel_block, tile_x, rest = by_channels.divmod(blockIdx.x, channel_block), tile_y = by_tiles_x.divmod(rest, tile_x);
   int64_t c0 = int64_t(channel_block) * p.lanes * V;
-  int64_t y0 = output_begin<mode>(tile_y, p.rows, a.pad_top), x0 = output_begin<mode>(tile_x, p.strips * TW, a.pad_left);
+  int y0 = output_begin<mode>(int(tile_y), p.rows, a.pad_top), x0 = output_begin<mode>(int(tile_x), p.strips * TW, a.pad_left);
   stage_taps<S, R>(a, c0, p.lanes * V, taps);
 
   int lane = threadIdx.x & (p.lanes - 1), row = (threadIdx.x >> lanes_log2) & (p.rows - 1), strip = threadIdx.x >> (lanes_log2 + rows_log2);
   int64_t channel = c0 + lane * V;
-  T bias[V] = {};
-  if (a.bias != nullptr && channel < a.c) load_wide(static_cast<const S*>(a.bias) + channel, bias);
 
   for (int64_t n = blockIdx.y; n < a.n; n += gridDim.y) {
-    stage_pixels(static_cast<const S*>(a.src) + n * a.src_h * a.src_w * a.c, a.src_h, a.src_w, a.c, source_begin<R, mode>(y0, a.pad_top), source_begin<R, mode>(x0, a.pad_left), c0,
+    stage_pixels(static_cast<const S*>(a.src) + n * int64_t(a.src_h) * a.src_w * a.c, a.src_h, a.src_w, a.c, source_begin<R, mode>(y0, a.pad_top), source_begin<R, mode>(x0, a.pad_left), c0,
                  p.in_rows, p.in_pitch, lanes_log2, by_pitch, tile);
     ptx::copy_async_commit();
     ptx::copy_async_wait<0>();
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
 
     T sum[TW][V] = {};
     auto line = [&](int source_row, int r, int first_column) {
-      const S* from = tile + ((int64_t(source_row) * p.in_pitch + first_column) << lanes_log2) * V + lane * V;
+      const S* from = tile + (((source_row * p.in_pitch + first_column) << lanes_log2) + lane) * V;
       T w[R][V];
 #pragma unroll
       for (int s = 0; s < R; ++s)
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
 #pragma unroll
       for (int j = 0; j < columns; ++j) {
         T x[V];
-        load_wide(from + (int64_t(j) << lanes_log2) * V, x);
+        load_wide(from + (j << lanes_log2) * V, x);
 #pragma unroll
         for (int t = 0; t < TW; ++t) {
           int s = mode == Mode::grad2 ? t - 2 * (j - (R - 1) / 2) : j - t * U;
@@ -118,9 +118,11 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
       for (int r = 0; r < R; ++r) line(row * U + r, r, strip * TW * U);
     }
 
-    int64_t y = y0 + row, x = x0 + strip * TW;
+    int y = y0 + row, x = x0 + strip * TW;
     if (y >= 0 && y < a.dst_h && channel < a.c) {
-      S* to = static_cast<S*>(a.dst) + ((n * a.dst_h + y) * a.dst_w + x) * a.c + channel;
+      S* to = static_cast<S*>(a.dst) + ((n * a.dst_h + y) * int64_t(a.dst_w) + x) * a.c + channel;
+      T bias[V] = {};  // here and not before the sums: registers are short
+      if (a.bias != nullptr) load_wide(static_cast<const S*>(a.bias) + channel, bias);
 #pragma unroll
       for (int t = 0; t < TW; ++t) {
         if (x + t < 0 || x + t >= a.dst_w) continue;
@@ -183,16 +185,16 @@ template <int R, Mode mode> __device__ __forceinline__ void source_rows(int64_t 
 }
 
 template <class S, int R, Mode mode>
-__global__ void __launch_bounds__(256, 2) depthwise_nchw(Tile a, DepthwiseNchwPlan p, int64_t plane_blocks, FastDiv by_width, FastDiv by_segments) {
+__global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2) depthwise_nchw(Tile a, DepthwiseNchwPlan p, int64_t plane_blocks, FastDiv by_width, FastDiv by_segments) {
   using T = compute_t<S>;
   S* in = reinterpret_cast<S*>(dynamic_shared());
   S* out = in + p.in_elements;
   T* taps = reinterpret_cast<T*>(out + p.out_elements);
-  int64_t src_hw = a.src_h * a.src_w, dst_hw = a.dst_h * a.dst_w, all = a.n * a.c;
+  int64_t src_hw = int64_t(a.src_h) * a.src_w, dst_hw = int64_t(a.dst_h) * a.dst_w, all = a.n * a.c;
   for (int64_t task = blockIdx.x; task < plane_blocks * p.bands; task += gridDim.x) {
     int64_t plane0 = task / p.bands * p.planes, band = task % p.bands;
     int planes = int(min(p.planes, all - plane0));
-    int64_t row0 = band * p.band_rows, row1 = min(a.dst_h, row0 + p.band_rows), y0 = 0, y1 = a.src_h;
+    int64_t row0 = band * p.band_rows, row1 = min(int64_t(a.dst_h), row0 + p.band_rows), y0 = 0, y1 = a.src_h;
     if (p.planes == 1) source_rows<R, mode>(row0, row1, a.pad_top, a.src_h, y0, y1);
     int64_t begin = plane0 * src_hw + y0 * a.src_w, end = (plane0 + planes - 1) * src_hw + y1 * a.src_w;
     int64_t out_begin = plane0 * dst_hw + row0 * a.dst_w, out_end = (plane0 + planes - 1) * dst_hw + row1 * a.dst_w;
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(256, 2) depthwise_nchw(Tile a, DepthwiseNchwPl
     __syncthreads();
 
     int out_shift = int(out_begin % kVec<S>);
-    int items = planes * p.segments * int(a.dst_w);
+    int items = planes * p.segments * a.dst_w;
     for (int item = threadIdx.x; item < items; item += blockDim.x) {
       uint32_t x, segment, rest = by_width.divmod(uint32_t(item), x), plane = by_segments.divmod(rest, segment);
       int64_t first = row0 + int64_t(segment) * p.segment_rows, last = min(row1, first + p.segment_rows);
@@ -303,8 +305,8 @@ __global__ void __launch_bounds__(256, 1) depthwise_nhwc_wgrad(Grad a, Depthwise
       int64_t n, y, x;
       origin(tile, n, y, x);
       S* to = stages + (tile - first) % 2 * (x_elements + grad_elements);
-      stage_pixels(static_cast<const S*>(a.x) + n * a.h * a.w * a.c, a.h, a.w, a.c, y * U - a.pad_top, x * U - a.pad_left, c0, p.in_rows, p.in_pitch, lanes_log2, by_in, to);
-      stage_pixels(static_cast<const S*>(a.grad) + n * a.p * a.q * a.c, a.p, a.q, a.c, y, x, c0, p.rows, out_columns, lanes_log2, by_out, to + x_elements);
+      stage_pixels(static_cast<const S*>(a.x) + n * a.h * a.w * a.c, int(a.h), int(a.w), a.c, int(y) * U - a.pad_top, int(x) * U - a.pad_left, c0, p.in_rows, p.in_pitch, lanes_log2, by_in, to);
+      stage_pixels(static_cast<const S*>(a.grad) + n * a.p * a.q * a.c, int(a.p), int(a.q), a.c, int(y), int(x), c0, p.rows, out_columns, lanes_log2, by_out, to + x_elements);
     }
     ptx::copy_async_commit();
   };
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(256, 1) depthwise_nhwc_wgrad(Grad a, Depthwise
 
 // A block: one channel, and some images of one split, `planes` at a time. A thread: a column of some rows.
 template <class S, int R, int U>
-__global__ void __launch_bounds__(256, 2) depthwise_nchw_wgrad(Grad a, DepthwiseNchwPlan p, int64_t splits, FastDiv by_width, FastDiv by_segments) {
+__global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2) depthwise_nchw_wgrad(Grad a, DepthwiseNchwPlan p, int64_t splits, FastDiv by_width, FastDiv by_segments) {
   using T = compute_t<S>;
   S* xs = reinterpret_cast<S*>(dynamic_shared());
   S* grads = xs + p.planes * p.in_elements;
@@ -568,7 +570,7 @@ template <class F> void with_mode(const ConvProblem& p, Pass pass, F&& f) {
 Tile tile_of(const ConvArgs& a, Pass pass) {
   const ConvProblem& p = a.problem;
   bool grad = pass == Pass::input_grad, flip = grad && p.stride_h == 1;
-  Tile t{a.src, a.weight, a.bias, a.dst, a.weight_strides, p.n, p.c, grad ? p.p : p.h, grad ? p.q : p.w, grad ? p.h : p.p, grad ? p.w : p.q, int(p.pad_top), int(p.pad_left), flip, a.relu};
+  Tile t{a.src, a.weight, a.bias, a.dst, a.weight_strides, p.n, p.c, int(grad ? p.p : p.h), int(grad ? p.q : p.w), int(grad ? p.h : p.p), int(grad ? p.w : p.q), int(p.pad_top), int(p.pad_left), flip, a.relu};
   if (flip) t.pad_top = int(p.r - 1 - p.pad_top), t.pad_left = int(p.s - 1 - p.pad_left);
   return t;
 }

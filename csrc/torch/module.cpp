@@ -89,12 +89,22 @@ template <c10::DeviceType device> struct Autocast {
   }
 };
 
+Pass parse_pass(const std::string& pass) {
+  if (pass == "fprop") return Pass::forward;
+  if (pass == "dgrad") return Pass::input_grad;
+  if (pass == "wgrad") return Pass::weight_grad;
+  throw std::invalid_argument("pass: got '" + pass + "'; accepts fprop, dgrad, wgrad");
+}
+
+std::string plan_cuda(const std::string& problem, const std::string& pass, int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
+  cuda::DeviceFacts facts{"", major, minor, multiprocessors, shared_bytes_per_block, 0};
+  ConvProblem a = parse_conv_problem(problem);
+  Pass p = parse_pass(pass);
+  return describe(a, p, facts, plan_conv_cuda(a, p, facts));
+}
+
 std::string plan(const std::string& problem, const std::string& pass, int threads) {
-  Pass p;
-  if (pass == "fprop") p = Pass::forward;
-  else if (pass == "dgrad") p = Pass::input_grad;
-  else if (pass == "wgrad") p = Pass::weight_grad;
-  else throw std::invalid_argument("pass: got '" + pass + "'; accepts fprop, dgrad, wgrad");
+  Pass p = parse_pass(pass);
   ConvProblem a = parse_conv_problem(problem);
   CpuFacts facts = cpu::kernels().facts;
   facts.threads = threads > 0 ? threads : at::get_num_threads();
@@ -131,6 +141,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", [] { return convkit::words(convkit::cpu::available_isas()); }, "Instruction sets usable on this machine, best first.");
   m.def("plan", convkit::plan, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("threads") = 0,
         "The kernel, tile, blocks and workspace planned for a problem such as n8c64h56w56k64r3s3u1p1d1g1_f32_nhwc; pass_ is fprop, dgrad or wgrad.");
+  m.def("plan_cuda", convkit::plan_cuda, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("major") = 9, py::arg("minor") = 0, py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes_per_block") = 227 << 10, "The same for a GPU (an H100, if nothing else is said), which need not be there.");
   m.def("build_info", [] {
     py::dict out;
     out["convkit"] = CONVKIT_VERSION;
