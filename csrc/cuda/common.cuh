@@ -61,6 +61,17 @@ template <class S> __device__ __forceinline__ void store_narrow(S* to, const com
   *reinterpret_cast<Vec<S>*>(to) = v;
 }
 
+// N values of the arithmetic's type (N * sizeof(T) a multiple of 16) by 16-byte accesses.
+template <class T, int N> __device__ __forceinline__ void load_values(const T* from, T (&to)[N]) {
+  constexpr int V = kVec<T>;
+#pragma unroll
+  for (int i = 0; i < N; i += V) {
+    Vec<T> v = *reinterpret_cast<const Vec<T>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) to[i + j] = v.of[j];
+  }
+}
+
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -38,12 +38,6 @@ struct DepthOf {
   }
 };
 
-// Four neighbours by 16-byte accesses.
-template <class T> __device__ __forceinline__ void load_four(const T* from, T (&to)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i += kVec<T>) load_wide(from + i, *reinterpret_cast<T(*)[kVec<T>]>(to + i));
-}
-
 struct Pixel {
   int64_t n, y, x;
 };
@@ -297,8 +291,8 @@ __global__ void __launch_bounds__(kThreads, P::blocks) product(P p, int64_t grou
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
         T l[4], r[4];
-        load_four(left + k * kPitch + ty * 4, l);
-        load_four(right + k * kPitch + tx * 4, r);
+        load_values(left + k * kPitch + ty * 4, l);
+        load_values(right + k * kPitch + tx * 4, r);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll

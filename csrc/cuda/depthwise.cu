@@ -77,64 +77,59 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
   uint32_t channel_block, tile_x, rest = by_channels.divmod(blockIdx.x, channel_block), tile_y = by_tiles_x.divmod(rest, tile_x);
   int64_t c0 = int64_t(channel_block) * p.lanes * V;
   int y0 = output_begin<mode>(int(tile_y), p.rows, a.pad_top), x0 = output_begin<mode>(int(tile_x), p.strips * TW, a.pad_left);
+  int64_t n = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (n >= a.n) return;
+  stage_pixels(static_cast<const S*>(a.src) + n * int64_t(a.src_h) * a.src_w * a.c, a.src_h, a.src_w, a.c, source_begin<R, mode>(y0, a.pad_top), source_begin<R, mode>(x0, a.pad_left), c0,
+               p.in_rows, p.in_pitch, lanes_log2, by_pitch, tile);
+  ptx::copy_async_commit();
   stage_taps<S, R>(a, c0, p.lanes * V, taps);
+  ptx::copy_async_wait<0>();
+  __syncthreads();
 
   int lane = threadIdx.x & (p.lanes - 1), row = (threadIdx.x >> lanes_log2) & (p.rows - 1), strip = threadIdx.x >> (lanes_log2 + rows_log2);
   int64_t channel = c0 + lane * V;
-
-  for (int64_t n = blockIdx.y; n < a.n; n += gridDim.y) {
-    stage_pixels(static_cast<const S*>(a.src) + n * int64_t(a.src_h) * a.src_w * a.c, a.src_h, a.src_w, a.c, source_begin<R, mode>(y0, a.pad_top), source_begin<R, mode>(x0, a.pad_left), c0,
-                 p.in_rows, p.in_pitch, lanes_log2, by_pitch, tile);
-    ptx::copy_async_commit();
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-
-    T sum[TW][V] = {};
-    auto line = [&](int source_row, int r, int first_column) {
-      const S* from = tile + (((source_row * p.in_pitch + first_column) << lanes_log2) + lane) * V;
-      T w[R][V];
+  T sum[TW][V] = {};
+  auto line = [&](int source_row, int r, int first_column) {
+    const S* from = tile + (((source_row * p.in_pitch + first_column) << lanes_log2) + lane) * V;
+    T w[R][V];
 #pragma unroll
-      for (int s = 0; s < R; ++s)
+    for (int s = 0; s < R; ++s) load_values(taps + ((r * R + s) * p.lanes + lane) * V, w[s]);
+    constexpr int columns = mode == Mode::grad2 ? (R - 1) / 2 + (TW - 1) / 2 + 1 : (TW - 1) * U + R;
 #pragma unroll
-        for (int v = 0; v < V; ++v) w[s][v] = taps[(r * R + s) * p.lanes * V + lane * V + v];
-      constexpr int columns = mode == Mode::grad2 ? (R - 1) / 2 + (TW - 1) / 2 + 1 : (TW - 1) * U + R;
-#pragma unroll
-      for (int j = 0; j < columns; ++j) {
-        T x[V];
-        load_wide(from + (j << lanes_log2) * V, x);
-#pragma unroll
-        for (int t = 0; t < TW; ++t) {
-          int s = mode == Mode::grad2 ? t - 2 * (j - (R - 1) / 2) : j - t * U;
-          if (s < 0 || s >= R) continue;
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum[t][v] += x[v] * w[s][v];
-        }
-      }
-    };
-    if constexpr (mode == Mode::grad2) {
-      for (int r = row & 1; r < R; r += 2) line((row - r) / 2 + (R - 1) / 2, r, strip * TW / 2);
-    } else {
-#pragma unroll 1
-      for (int r = 0; r < R; ++r) line(row * U + r, r, strip * TW * U);
-    }
-
-    int y = y0 + row, x = x0 + strip * TW;
-    if (y >= 0 && y < a.dst_h && channel < a.c) {
-      S* to = static_cast<S*>(a.dst) + ((n * a.dst_h + y) * int64_t(a.dst_w) + x) * a.c + channel;
-      T bias[V] = {};  // here and not before the sums: registers are short
-      if (a.bias != nullptr) load_wide(static_cast<const S*>(a.bias) + channel, bias);
+    for (int j = 0; j < columns; ++j) {
+      T x[V];
+      load_wide(from + (j << lanes_log2) * V, x);
 #pragma unroll
       for (int t = 0; t < TW; ++t) {
-        if (x + t < 0 || x + t >= a.dst_w) continue;
+        int s = mode == Mode::grad2 ? t - 2 * (j - (R - 1) / 2) : j - t * U;
+        if (s < 0 || s >= R) continue;
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          sum[t][v] += bias[v];
-          if (a.relu) sum[t][v] = relu(sum[t][v]);
-        }
-        store_narrow(to + t * a.c, sum[t]);
+        for (int v = 0; v < V; ++v) sum[t][v] += x[v] * w[s][v];
       }
     }
-    __syncthreads();
+  };
+  if constexpr (mode == Mode::grad2) {
+    for (int r = row & 1; r < R; r += 2) line((row - r) / 2 + (R - 1) / 2, r, strip * TW / 2);
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < R; ++r) line(row * U + r, r, strip * TW * U);
+  }
+
+  int y = y0 + row, x = x0 + strip * TW;
+  if (y >= 0 && y < a.dst_h && channel < a.c) {
+    S* to = static_cast<S*>(a.dst) + ((n * a.dst_h + y) * int64_t(a.dst_w) + x) * a.c + channel;
+    T bias[V] = {};  // here and not before the sums: registers are short
+    if (a.bias != nullptr) load_wide(static_cast<const S*>(a.bias) + channel, bias);
+#pragma unroll
+    for (int t = 0; t < TW; ++t) {
+      if (x + t < 0 || x + t >= a.dst_w) continue;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum[t][v] += bias[v];
+        if (a.relu) sum[t][v] = relu(sum[t][v]);
+      }
+      store_narrow(to + t * a.c, sum[t]);
+    }
   }
 }
 
@@ -581,11 +576,11 @@ template <class S> void run_nhwc(const ConvArgs& a, const DepthwiseNhwcPlan& p, 
     with_mode(a.problem, pass, [&](auto mode) {
       constexpr int R = decltype(r)::value;
       constexpr Mode M = decltype(mode)::value;
-      constexpr int TW = R == 3 || M != Mode::forward1 ? 4 : 8, threads = R == 3 ? 256 : 128, blocks = 3;
+      constexpr int TW = R == 3 || M != Mode::forward1 ? 4 : 8, threads = R == 3 ? 256 : 128, blocks = R == 3 && M != Mode::forward1 ? 2 : 3;
       if (p.strip != TW || p.threads != threads) throw std::runtime_error("convkit: depthwise_nhwc: the plan is of another kernel");
-      int64_t n = a.problem.n < 65535 ? a.problem.n : 65535;
+      int64_t n = a.problem.n < 32768 ? a.problem.n : 32768;
       launch("depthwise_nhwc", depthwise_nhwc<S, R, M, TW, threads, blocks>,
-             {dim3(unsigned(p.channel_blocks * p.tiles_y * p.tiles_x), unsigned(n)), dim3(threads), p.shared_bytes, stream}, t, p, log2_of(p.lanes), log2_of(p.rows), FastDiv(p.in_pitch),
+             {dim3(unsigned(p.channel_blocks * p.tiles_y * p.tiles_x), unsigned(n), unsigned(ceil_div(a.problem.n, n))), dim3(threads), p.shared_bytes, stream}, t, p, log2_of(p.lanes), log2_of(p.rows), FastDiv(p.in_pitch),
              FastDiv(p.channel_blocks), FastDiv(p.tiles_x));
     });
   });

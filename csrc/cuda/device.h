@@ -1,5 +1,4 @@
-// What the planner and a bug report need to know of a GPU. No torch here: the kernels that will stand beside this file
-// (conv_simt.cu, conv_sm80.cu, conv_sm90a.cu, depthwise.cu, batch_norm_relu.cu, im2col.cu) compile where only nvcc is.
+// What the planner and a bug report need to know of a GPU. No torch and no CUDA headers here.
 #pragma once
 
 #include <cstdint>
