@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace convkit {
 
@@ -23,7 +24,9 @@ constexpr int64_t kStagedBytes = 4 << 20;
 // Output and input gradient blocks of the weight gradient: half of a 2 MiB second-level cache.
 constexpr int64_t kOuterBlockBytes = 1 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
-constexpr int64_t kDepthwiseBytes = 256 << 10;
+constexpr int64_t kDepthwiseBytes = 512 << 10;
+// What a strip of a depthwise task may take of the first-level cache.
+constexpr int64_t kDepthwiseStripBytes = 24 << 10;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
@@ -144,13 +147,26 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   bool input_grad = pass == Pass::input_grad;
   int64_t src_h = input_grad ? a.p : a.h, src_w = input_grad ? a.q : a.w;
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
-  // Where a filter's width is a good part of the image's, most outputs are edges: a padded copy has none.
-  bool narrow = src_w < 4 * a.s * a.dilation_w || dst_w < 8;
-  b.stage = narrow || needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
-  b.channel_block = b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
-  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
-
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+
+  // The source pixels under the filters of a strip should stay in the first-level cache from row to row. It has 8 ways or
+  // more; pixels whose addresses agree modulo 4096 share them.
+  int64_t filter_rows = input_grad ? ceil_div(a.r, a.stride_h) : a.r;
+  auto source_columns = [&](int64_t pixel_bytes, int64_t block_bytes) {
+    int64_t lines = 8 * (4096 / std::gcd<int64_t>(pixel_bytes, 4096));
+    return std::min(lines, kDepthwiseStripBytes / std::max<int64_t>(64, block_bytes)) / filter_rows;
+  };
+  auto strip_of = [&](int64_t columns) { return input_grad ? columns - ceil_div(reach_w, a.stride_w) : (columns - reach_w - 1) / a.stride_w + 1; };
+  int64_t needed = std::min<int64_t>(8, dst_w);
+  b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
+  // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
+  bool in_order = !b.stage && a.c * element % 2048 == 0;
+  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
+  int64_t block_bytes = b.channel_block * element;
+  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
+  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
+
   if (input_grad) {
     b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));
     b.staged_last = std::max(a.q, (a.w - 1 + a.pad_left) / a.stride_w + 1);
@@ -165,23 +181,26 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
   };
   // The weight gradient works on rows of y whatever the direction.
-  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * b.channel_block * element);
+  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * block_bytes);
   int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
   b.rows_per_task = rows;
-  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * b.channel_block * element > kDepthwiseBytes)
+  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
   b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + b.rows_per_task * row_bytes, 64) * 64 : 0;
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 
-  b.weights = ws.take((a.r * a.s + 1) * a.c * element);
-  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * a.c * element : 0);
+  int64_t padded_channels = ceil_div(a.c, lanes) * lanes;
+  b.weights = ws.take((a.r * a.s + 1) * padded_channels * element);
+  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * padded_channels * element : 0);
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
 }  // namespace
+
+bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
 
 ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   ConvPlan plan{};
@@ -226,9 +245,11 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::depthwise: {
       const DepthwisePlan& b = plan.depthwise;
-      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, strips of " +
+             num(b.strip);
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
+      if (b.stream) out += ", streamed";
       break;
     }
   }

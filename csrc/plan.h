@@ -11,6 +11,7 @@ namespace convkit {
 struct CpuFacts {
   const char* isa;
   int64_t vector_bytes;
+  int64_t l2_bytes;  // of a core
   int threads;
   // Register tiles: how many rows go with 1, 2, 3, 4 vectors of columns (0: that width is not compiled).
   int rows_for_vectors[5];
@@ -60,9 +61,11 @@ struct OuterPlan {
 
 // Depthwise, all three passes: a vector of channels at a time.
 struct DepthwisePlan {
-  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, narrow images)
+  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, conflicts in the cache)
+  bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;
+  int64_t strip;            // outputs of a row (of a phase, in the input gradient) a task takes before it goes on to the next row
   int64_t splits;           // weight gradient: partial sums, added in order
   int64_t staged_first, staged_last;  // columns of a staged source, zeros beyond the image's own
   int64_t staged_elements;  // of a task's staged source; the outputs (or gradients) follow
@@ -77,6 +80,9 @@ struct ConvPlan {
   DepthwisePlan depthwise;
   int64_t workspace_bytes;
 };
+
+// Whether to write a tensor of so many bytes past the caches: where it does not stay in them anyway.
+bool streams(int64_t bytes, const CpuFacts&);
 
 ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&);
 

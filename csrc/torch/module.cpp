@@ -96,8 +96,7 @@ std::string plan(const std::string& problem, const std::string& pass, int thread
   else if (pass == "wgrad") p = Pass::weight_grad;
   else throw std::invalid_argument("pass: got '" + pass + "'; accepts fprop, dgrad, wgrad");
   ConvProblem a = parse_conv_problem(problem);
-  CpuFacts facts = cpu::kernels().facts;
-  facts.threads = threads > 0 ? threads : at::get_num_threads();
+  CpuFacts facts = cpu::cpu_facts(threads > 0 ? threads : at::get_num_threads());
   return describe(a, p, facts, plan_conv(a, p, facts));
 }
 
