@@ -223,7 +223,7 @@ template <class S> struct Depthwise {
 
   // Adds output rows [first, last) to sums[vector of channels][r][s]; grad is pixel (first, 0).
   void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums) const {
-    constexpr int64_t kRows = 8;  // a short chain of sums, and rows that stay in the second-level cache for all channels of the block
+    constexpr int64_t kRows = 4;  // a short chain of sums, and rows that stay in the second-level cache for all channels of the block
     DepthwiseGrad<T> run;
     run.grad_row = p.q * grad_pixel, run.grad_pixel = grad_pixel;
     run.row = src.row, run.pixel = src.pixel;
