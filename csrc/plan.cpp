@@ -5,6 +5,8 @@
 
 namespace convkit {
 
+bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
+
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -114,14 +116,16 @@ bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
   int64_t channels = (input_grad ? a.c : a.k) / a.groups, width = input_grad ? (a.w + a.stride_w - 1) / a.stride_w : a.q;
   int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
-  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64);
+  int64_t height = (input_grad ? a.p : a.h) + 2 * (a.r - 1) * a.dilation_h;
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64) &&
+         height < 16 * (a.h + 64);
 }
 
 PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   PlanesPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.input_grad = pass == Pass::input_grad;
-  int64_t src_h = b.input_grad ? a.p : a.h, src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
+  int64_t src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
   int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q, dst_c = (b.input_grad ? a.c : a.k) / a.groups;
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
   int64_t phases = b.input_grad ? std::min(a.stride_w, dst_w) : 1, sorted = b.input_grad ? 1 : a.stride_w;
@@ -130,18 +134,21 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   int64_t leftmost = b.input_grad ? -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w) : -a.pad_left;
   int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
   b.left = std::max<int64_t>(0, -leftmost);
-  b.columns = ceil_div(ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted) + lanes, lanes) * lanes;
+  b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
+  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * element, f);
   b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
   auto source_rows = [&](int64_t rows) {
-    return std::min(src_h, b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
+    return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
   };
+  b.bundle = std::clamp<int64_t>(lanes / std::min(src_c, dst_c), 1, a.groups);
   b.rows_per_task = dst_h;
-  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * src_c * element > kPlanesBytes ||
+  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * b.bundle * src_c * element > kPlanesBytes ||
                                  a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
-  b.rows = std::max<int64_t>(1, source_rows(b.rows_per_task));
+  b.rows = source_rows(b.rows_per_task);
   b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
-  b.scratch_bytes = ceil_div((src_c * b.rows * sorted * b.columns + lanes * 8 + dst_c * phases * b.outputs) * element + a.r * a.s * 12, 64) * 64;
+  int64_t elements = b.bundle * (src_c * b.rows * sorted * b.columns + dst_c * b.rows_per_task * phases * b.outputs);
+  b.scratch_bytes = ceil_div(elements * element + a.r * a.s * 12, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -239,8 +246,6 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 }
 
 }  // namespace
-
-bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
 
 ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   ConvPlan plan{};

@@ -50,9 +50,11 @@ struct RowsPlan {
 struct PlanesPlan {
   bool input_grad;
   int64_t rows_per_task;    // of the output
+  int64_t bundle;           // groups copied together, so that a copy has a vector of channels to work with
   int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
   int64_t columns;          // of a staged row, for each remainder of the column modulo the forward stride
   int64_t outputs;          // of a row, for each phase of the input gradient: whole vectors
+  bool stream;              // write past the caches
   int64_t chain;            // products summed before they are added to a total
   Piece weights, scratch;
   int64_t scratch_bytes;    // of one thread
