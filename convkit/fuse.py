@@ -339,7 +339,7 @@ def _record(module: nn.Module, parameters: tuple[str, ...], everything: bool) ->
     for name, value in vars(module).items():
         vars(shadow)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
     vars(shadow)["training"] = everything
-    before, luck = _identities(shadow), _random_states()
+    before, luck = _identities(shadow), random_states()
     enabled = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
     try:
         for device in ("cpu", "cuda"):
@@ -349,9 +349,9 @@ def _record(module: nn.Module, parameters: tuple[str, ...], everything: bool) ->
     finally:
         for device, was in zip(("cpu", "cuda"), enabled, strict=True):
             torch.set_autocast_enabled(device, was)
-        lucky = _random_states() != luck
+        lucky = random_states() != luck
         if lucky:
-            _set_random_states(luck)
+            set_random_states(luck)
     if lucky:
         raise _Unrecordable("it draws random numbers")
     if any(name.startswith("_tensor_constant") for name in vars(shadow)):
@@ -371,14 +371,15 @@ def _identities(module: nn.Module) -> dict[str, Any]:
     return {name: content(value) for name, value in vars(module).items()}
 
 
-def _random_states() -> bytes:
+def random_states() -> bytes:
+    """The states of the generators of Python, PyTorch (CPU) and, where it is loaded, NumPy."""
     numpy = sys.modules.get("numpy")
     return pickle.dumps(
         (random.getstate(), bytes(torch.get_rng_state().tolist()), None if numpy is None else numpy.random.get_state())
     )
 
 
-def _set_random_states(states: bytes) -> None:
+def set_random_states(states: bytes) -> None:
     python, torch_bytes, numpy = pickle.loads(states)
     random.setstate(python)
     torch.set_rng_state(torch.frombuffer(bytearray(torch_bytes), dtype=torch.uint8))
