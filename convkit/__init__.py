@@ -14,4 +14,18 @@ _C = _load.load()
 from convkit import functional, nn  # noqa: E402  (the operators must be loaded first)
 from convkit.swap import swap, unswap  # noqa: E402
 
-__all__ = ["__version__", "functional", "nn", "swap", "unswap"]
+__all__ = ["__version__", "explain", "functional", "nn", "swap", "unswap"]
+
+
+def __getattr__(name: str):
+    # On demand: it needs the benchmarks' modules.
+    if name == "explain":
+        from convkit.explain import explain
+
+        globals()[name] = explain  # in place of the module, which importing it has set
+        return explain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -33,6 +33,8 @@ class Call:
     device: torch.device
     input_grad: bool
     parameter_grads: bool
+    tensors: int
+    """Arguments that were tensors: two where convkit.nn.BatchNormReLU2d adds a residual."""
 
 
 def record(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) -> dict[nn.Module, list[Call]]:
@@ -58,7 +60,7 @@ def record(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) ->
     def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if values and isinstance(output, Tensor):
-            calls[layer].append(_call(layer, values[0], output))
+            calls[layer].append(_call(layer, values, output))
 
     with untouched(model), torch.inference_mode(False), torch.set_grad_enabled(model.training), _eager():
         handles = [layer.register_forward_hook(listen, prepend=True, with_kwargs=True) for layer in calls]
@@ -75,8 +77,8 @@ def record(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) ->
     return calls
 
 
-def _call(layer: nn.Module, input: Tensor, output: Tensor) -> Call:
-    dtype = input.dtype
+def _call(layer: nn.Module, values: list[Tensor], output: Tensor) -> Call:
+    input, dtype = values[0], values[0].dtype
     device = input.device.type
     autocast = not isinstance(layer, nn.modules.batchnorm._BatchNorm) and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
@@ -90,6 +92,7 @@ def _call(layer: nn.Module, input: Tensor, output: Tensor) -> Call:
         input.device,
         gradients and input.requires_grad,
         gradients and any(parameter.requires_grad for parameter in layer.parameters()),
+        len(values),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import convkit.functional as CF
 from convkit import fuse
 from convkit.bench.problems import DTYPES, BatchNormProblem, ConvProblem
-from convkit.bench.results import Ceilings, Failure, Timing
+from convkit.bench.results import Ceilings, Failure
 from convkit.bench.timing import Arena, carve, carved_elements, interleave, rotation_bytes
 from convkit.calls import Call
 from convkit.ops import is_channels_last
@@ -193,7 +193,9 @@ def _forward(one: Task, function: Function, parameters: list[Tensor], x: Tensor,
     return lambda: function(x, residual)
 
 
-def _backward(one: Task, function: Function, parameters: list[Tensor], x: Tensor, residual: Tensor | None, grad: Tensor):
+def _backward(
+    one: Task, function: Function, parameters: list[Tensor], x: Tensor, residual: Tensor | None, grad: Tensor
+):
     # The edge, not the output: that is kept only if the gradient needs it, as in a network.
     edge = torch.autograd.graph.get_gradient_edge(function(x, residual))
     inputs = [t for t in (x, residual, *parameters) if t is not None and t.requires_grad]

@@ -107,8 +107,8 @@ def swap(
         What the model raises when it is called with example_input; it is then as it was before.
     """
     if only_faster != (example_input is not None):
-        got = "only_faster=True without an example_input" if only_faster else "an example_input without only_faster=True"
-        raise TypeError(f"swap measures layers on example_input to swap only_faster ones; got {got}")
+        got = "only_faster=True without example_input" if only_faster else "example_input without only_faster=True"
+        raise TypeError(f"swap got {got}: layers are timed on example_input to swap those alone that get faster")
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     with unswapped(model):
         if only_faster:
