@@ -48,7 +48,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """How many times faster convkit is than PyTorch; below 1 where it is slower."""
-        return sum(self.torch.values()) / sum(self.convkit.values()) if self.convkit and self.torch else None
+        return _total(self.torch) / _total(self.convkit) if self.convkit and self.torch else None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class Explanation:
             lines.append([row.name or "(the model)", row.problem or "", *numbers])
             lasts.append(", ".join(row.kernels) if row.reason is None else f"{row.kind}: {row.reason}")
         times = [_ms(totals[who][name]) for name in passes for who in totals]
-        ours, theirs = (sum(totals[who].values()) for who in ("convkit", "torch"))
+        ours, theirs = (_total(totals[who]) for who in ("convkit", "torch"))
         lines.append(["all measured", "", "", *times, _plain(theirs / ours if ours else None, ".2f"), ""])
         lasts.append("")
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -136,15 +136,15 @@ class Explanation:
         measured, slower, totals = self.measured, self.slower, self.totals
         if not measured:
             return "No layer was measured."
-        ours, theirs = (_ms(sum(totals[who].values())) for who in ("convkit", "torch"))
+        ours, theirs = (_ms(_total(totals[who])) for who in ("convkit", "torch"))
         what = "forward and backward" if self.training else "forward"
         lines = [
-            f"These layers take {ours} ms with convkit and {theirs} ms with PyTorch, {what}. Ratio: PyTorch's time over "
-            "convkit's. Floor: what this machine can do at best, by the copy and multiply rates just measured."
+            f"These layers take {ours} ms with convkit and {theirs} ms with PyTorch, {what}. Ratio: PyTorch's time "
+            "over convkit's. Floor: what this machine can do at best, by the copy and multiply rates just measured."
         ]
         if slower:
             each = [
-                f"{row.name or 'the model'} ({_ms(sum(row.torch.values()))} ms against {_ms(sum(row.convkit.values()))} ms)"
+                f"{row.name or 'the model'} ({_ms(_total(row.torch))} ms against {_ms(_total(row.convkit))} ms)"
                 for row in slower
             ]
             more = f" and {len(each) - MENTIONED} more" if len(each) > MENTIONED else ""
@@ -169,7 +169,11 @@ class Explanation:
 
 def _lost(row: Row) -> float:
     """Seconds that PyTorch takes less."""
-    return sum(row.convkit.values()) - sum(row.torch.values()) if row.convkit and row.torch else 0.0
+    return _total(row.convkit) - _total(row.torch) if row.convkit and row.torch else 0.0
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.values())
 
 
 def _ms(seconds: float | None) -> str:
@@ -240,10 +244,9 @@ def explain(
     for (layer, work), row in rows.items():
         if isinstance(work, Task):
             rows[layer, work] = _timed(row, work, seconds[work], ceilings)
-    whole = sum(sum(row.convkit.values()) for row in rows.values())
+    whole = sum(_total(row.convkit) for row in rows.values())
     shared = (
-        dataclasses.replace(row, share=sum(row.convkit.values()) / whole) if row.convkit else row
-        for row in rows.values()
+        dataclasses.replace(row, share=_total(row.convkit) / whole) if row.convkit else row for row in rows.values()
     )
     return Explanation(tuple(shared), model.training, facts, ceilings, disturbed)
 
