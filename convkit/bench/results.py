@@ -6,7 +6,8 @@ The file is one object; all times are in seconds, and keys of times are ``who/la
      "machine": {"date", "cpu", "isa", "cores", "threads", "l2_bytes", "llc_bytes", "clock_mhz", "gpu", "driver",
                  "gpu_clock_mhz", "memory_clock_mhz", "system", "python", "torch", "convkit", "revision", "native",
                  "load_average", "others"},
-     "settings": {"device", "threads", "layouts", "peers", "in_cache", "budget_s", "rotation_bytes"},
+     "settings": {"device", "threads", "layouts", "peers", "in_cache", "budget_s", "min_rounds",
+                  "rotation_bytes"},
      "ceilings": {"copy_bytes_per_s", "copy_in_cache_bytes_per_s", "flops_per_s": {"f32": …}},
      "rows": [{"suite", "family", "name", "problem", "pass", "dtype", "flops", "bytes", "floor_s", "images",
                "errors": {"convkit/nhwc": 3e-7, …},
@@ -113,7 +114,8 @@ class Settings:
     peers: tuple[str, ...]
     in_cache: bool
     budget_s: float
-    """Seconds of calls for each candidate."""
+    """Seconds of calls for each candidate, and at least ``min_rounds`` calls."""
+    min_rounds: int
     rotation_bytes: int
     """The memory over which successive calls move on; 0 if all use the same."""
 

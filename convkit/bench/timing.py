@@ -9,6 +9,7 @@ Computing Systems", SC 2015.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import hashlib
@@ -74,7 +75,8 @@ class Arena:
     def __init__(self, dtype: torch.dtype, device: str, size: int) -> None:
         """``size``: bytes to move on over; 0 gives every call the same stretch."""
         self.size = size
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._block = torch.empty(0, dtype=dtype, device=device)
 
     def stretches(self, elements: int, at_most: int = 512) -> list[Tensor]:
@@ -82,15 +84,15 @@ class Arena:
 
         Later calls may overwrite nothing: treat them as constants. They are aligned to 256 bytes.
         """
-        dtype = self._block.dtype
+        dtype = self.dtype
         step = -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
         count = max(1, min(at_most, self.size // (step * dtype.itemsize)))
         if self._block.numel() < count * step:
             wanted = max(count * step, self.size // dtype.itemsize)
             self._block = None  # its memory is needed
-            self._block = torch.empty(wanted, dtype=dtype, device=self._device)
+            self._block = torch.empty(wanted, dtype=dtype, device=self.device)
             # The generator's own speed would make this take seconds: a few millions, over and over.
-            pattern = torch.randn(min(wanted, (4 << 20) + 37), device=self._device).to(dtype)
+            pattern = torch.randn(min(wanted, (4 << 20) + 37), device=self.device).to(dtype)
             for start in range(0, wanted, pattern.numel()):
                 part = self._block[start : start + pattern.numel()]
                 part.copy_(pattern[: part.numel()])
@@ -136,7 +138,8 @@ def interleave(
 
     Returns:
         By name a :class:`Timing`, or a :class:`Failure` with the first line of the exception that a call raised; the
-        others go on. What a call returns is kept until its time is taken and freed before the next.
+        others go on. What a call returns is kept until its time is taken and freed before the next, which the C library
+        then gives the same memory.
     """
     functions = {name: [c] if callable(c) else list(c) for name, c in candidates.items()}
     time_of = _cuda_seconds if device == "cuda" else _cpu_seconds
@@ -154,7 +157,7 @@ def interleave(
             found[name] = Failure(short(error))
             return None
 
-    with _collector_off():
+    with _collector_off(), _heap_kept():
         for name in functions:
             for _ in range(2):
                 if name not in found:
@@ -209,6 +212,32 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
+# Of mallopt(3): parameters, and what they come to by themselves in a program with large tensors.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
+
+
+@contextlib.contextmanager
+def _heap_kept() -> Iterator[None]:
+    """Freed memory stays with the process, where the C library is glibc.
+
+    It would go back to the system now and then, depending on sizes and on what was allocated before, and the next call
+    had to fault its output in again, page by page: 0.2 ms a MiB, more than many a kernel takes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt(_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        for parameter, value in _USUAL.items():
+            mallopt(parameter, value)
+
+
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +273,7 @@ def machine(device: str = "cpu", *, look_s: float = 0.5) -> Machine:
     """Facts about the machine and the software. Sleeps ``look_s`` seconds to see what other programs do."""
     import convkit
     from convkit import _load
-    from convkit.info import cpu_name
+    from convkit.info import cpu_name, git_revision
 
     usage = Usage()
     time.sleep(look_s)
@@ -269,7 +298,7 @@ def machine(device: str = "cpu", *, look_s: float = 0.5) -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         convkit=convkit.__version__,
-        revision=_revision(Path(convkit.__file__).parent),
+        revision=git_revision(),
         native=hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12],
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         others=others,
@@ -291,14 +320,6 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _revision(package: Path) -> str | None:
-    """The commit that the package's folder is checked out at; None if it is not the root of a working tree."""
-    root = _output("git", "-C", str(package), "rev-parse", "--show-toplevel")
-    if root is None or Path(root) != package.parent.resolve():
-        return None
-    return _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _gpu() -> dict[str, Any]:

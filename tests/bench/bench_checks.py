@@ -33,6 +33,7 @@ SETTINGS = Settings(
     peers=("torch",),
     in_cache=False,
     budget_s=0.1,
+    min_rounds=3,
     rotation_bytes=1 << 20,
 )
 CEILINGS = Ceilings(copy_bytes_per_s=1e10, copy_in_cache_bytes_per_s=1e11, flops_per_s={"f32": 1e11})

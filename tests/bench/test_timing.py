@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from convkit.bench.results import Failure, Timing
+from convkit.bench.results import Failure
 from convkit.bench.timing import Arena, Usage, carve, carved_elements, interleave, machine, rotation_bytes, short
 
 
