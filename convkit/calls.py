@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from convkit import fuse
 from convkit.ops import is_channels_last
 
-__all__ = ["Call", "record", "untouched"]
+__all__ = ["Call", "record", "same_luck", "untouched"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,19 @@ def _eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def same_luck() -> Iterator[None]:
+    """Random states are afterwards what they were before."""
+    luck = fuse.random_states()
+    cuda_luck = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        fuse.set_random_states(luck)
+        if cuda_luck:
+            torch.cuda.set_rng_state_all(cuda_luck)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever the model's forward does to it within, and to the random states, is undone afterwards.
 
@@ -141,12 +154,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ]
     tensors = [(tensor.data, tensor.detach().clone()) for tensor in _tensors(model)]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    luck = fuse.random_states()
-    cuda_luck = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with same_luck():
+            yield
     finally:
         for module, values in attributes:
             now = vars(module)
@@ -162,9 +174,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        fuse.set_random_states(luck)
-        if cuda_luck:
-            torch.cuda.set_rng_state_all(cuda_luck)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -1,23 +1,26 @@
 """Where a model's time goes, layer by layer: what convkit and PyTorch take for each, and what the machine allows."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import convkit.nn as cnn
 from convkit import _load, calls
-from convkit.bench.results import Ceilings, Machine, disturbance
-from convkit.bench.roofline import measure_ceilings
-from convkit.bench.timing import Usage, machine
-from convkit.measure import PASSES, Seconds, Task, measure, task
 from convkit.swap import find, unswapped
+
+if TYPE_CHECKING:
+    from convkit.bench.results import Ceilings, Machine
+    from convkit.measure import Seconds, Task
 
 __all__ = ["Explanation", "Row", "explain"]
 
+PASSES = ("forward", "backward")
 OWN = "convkit's own already"
 MENTIONED = 8  # layers named in the words below the table
 
@@ -63,7 +66,8 @@ class Explanation:
     rows: tuple[Row, ...]
     training: bool
     machine: Machine
-    ceilings: Ceilings
+    ceilings: Ceilings | None
+    """None where nothing was measured."""
     disturbed: str | None
     """What else used the machine meanwhile, if anything did: the times then mean little."""
 
@@ -97,7 +101,7 @@ class Explanation:
             "schema": 1,
             "training": self.training,
             "machine": dataclasses.asdict(self.machine),
-            "ceilings": dataclasses.asdict(self.ceilings),
+            "ceilings": self.ceilings and dataclasses.asdict(self.ceilings),
             "disturbed": self.disturbed,
             "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in self.rows],
             "totals": self.totals,
@@ -211,6 +215,11 @@ def explain(
 
     The floor is that of the roofline model: Williams, Waterman and Patterson, "Roofline", 2009.
     """
+    # Now, as `import convkit` should not load the benchmarks.
+    from convkit.bench.results import disturbance
+    from convkit.bench.timing import Usage, machine
+    from convkit.measure import Task, measure, task
+
     with unswapped(model):
         found = find(model)
         recorded = calls.record(model, found.names, example_input)
@@ -238,7 +247,8 @@ def explain(
     tasks = {work for _, work in rows if isinstance(work, Task)}
     device = next((one.device for one in tasks), "cpu").partition(":")[0]
     facts, usage = machine(device), Usage()
-    ceilings = measure_ceilings(device, sorted({one.problem.dtype for one in tasks}))
+    with calls.same_luck():
+        ceilings = _ceilings(device, sorted({one.problem.dtype for one in tasks}))
     seconds = measure(tasks, budget_s=budget_s, progress=progress)
     disturbed = disturbance(*usage.read(), facts.cores, facts.threads)
     for (layer, work), row in rows.items():
@@ -249,6 +259,16 @@ def explain(
         dataclasses.replace(row, share=_total(row.convkit) / whole) if row.convkit else row for row in rows.values()
     )
     return Explanation(tuple(shared), model.training, facts, ceilings, disturbed)
+
+
+def _ceilings(device: str, dtypes: list[str]) -> Ceilings | None:
+    from convkit.bench import roofline
+    from convkit.bench.problems import DTYPES
+    from convkit.bench.timing import Arena, rotation_bytes
+
+    if not dtypes:
+        return None
+    return roofline.ceilings(device, dtypes, Arena(DTYPES[dtypes[0]], device, rotation_bytes(device)), budget_s=0.05)
 
 
 def _timed(row: Row, work: Task, seconds: Seconds, ceilings: Ceilings) -> Row:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.nn as cnn
 
@@ -324,6 +325,16 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _NoWrites(TorchDispatchMode):
+    """What a forward does to tensors that it was not given is not recorded but done: a step counted in a buffer would
+    count the recordings, and stand still in the rewritten forward."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.is_mutable:
+            raise _Unrecordable("it writes to a tensor that it was not given")
+        return function(*args, **(kwargs or {}))
+
+
 def _context() -> tuple[Any, ...]:
     """What a ``with`` may change around an operator and a record of the operators does not show."""
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
@@ -344,7 +355,7 @@ def _record(module: nn.Module, parameters: tuple[str, ...], everything: bool) ->
     try:
         for device in ("cpu", "cuda"):
             torch.set_autocast_enabled(device, everything)
-        with torch.set_grad_enabled(everything):
+        with torch.set_grad_enabled(everything), _NoWrites():
             graph = _Tracer(parameters).trace(shadow)
     finally:
         for device, was in zip(("cpu", "cuda"), enabled, strict=True):

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convkit.functional as CF
-from convkit import fuse
 from convkit.bench.problems import DTYPES, BatchNormProblem, ConvProblem
 from convkit.bench.results import Ceilings, Failure
 from convkit.bench.timing import Arena, carve, carved_elements, interleave, rotation_bytes
-from convkit.calls import Call
+from convkit.calls import Call, same_luck
 from convkit.ops import is_channels_last
 
 __all__ = ["PASSES", "Seconds", "Task", "measure", "task"]
@@ -100,7 +99,7 @@ def task(layer: nn.Module, call: Call, *, residual: bool = False) -> Task:
     problem = ConvProblem(
         n, c, h, w, k, *layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups, dtype, layout
     )
-    if transposed and problem.transposed_output_padding is None:
+    if transposed and problem.output_size != source[1:]:
         raise ValueError(f"its output_padding makes a size that no convolution leads from: {tuple(result)}")
     options = {"bias": layer.bias is not None}
     if getattr(layer, "activation", None):
@@ -146,8 +145,7 @@ def measure(
     """
     arenas: dict[tuple[str, str], Arena] = {}
     found: dict[Task, Seconds] = {}
-    luck = fuse.random_states()
-    try:
+    with same_luck():
         for one in dict.fromkeys(tasks):
             if progress is not None:
                 progress(one)
@@ -157,8 +155,6 @@ def measure(
                 arenas[place] = Arena(one.problem.torch_dtype, one.device, rotation_bytes(device))
             with torch.inference_mode(False), torch.set_grad_enabled(bool(one.gradients)), _no_autocast(device):
                 found[one] = _measure(one, arenas[place], device, budget_s)
-    finally:
-        fuse.set_random_states(luck)
     return found
 
 
