@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def folder() -> Path | None:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "convkit"
 
 
-def recall(tasks: set[Task]) -> dict[Task, Seconds]:
+def recall(tasks: Iterable[Task]) -> dict[Task, Seconds]:
     """Those of the tasks that have been measured with this machine and software."""
     file = _file()
     if file is None:

@@ -244,7 +244,7 @@ def explain(
             before = rows.get((layer, work), row)
             rows[layer, work] = dataclasses.replace(before, calls=before.calls + 1)
 
-    tasks = {work for _, work in rows if isinstance(work, Task)}
+    tasks = list(dict.fromkeys(work for _, work in rows if isinstance(work, Task)))
     device = next((one.device for one in tasks), "cpu").partition(":")[0]
     facts, usage = machine(device), Usage()
     with calls.same_luck():

@@ -30,7 +30,7 @@ def find_faster(model: nn.Module, exclude: Iterable[str], example_input: Any) ->
                 tasks[layer] = [task(layer, call, residual=layer in residuals) for call in recorded[layer]]
             except ValueError as error:
                 slower[layer] = f"it cannot be measured: {error}"
-        _look_up({one for several in tasks.values() for one in several} - known.keys(), known)
+        _look_up([one for several in tasks.values() for one in several if one not in known], known)
         for layer, several in tasks.items():
             if (why := _why_not(several, known)) is not None:
                 slower[layer] = why
@@ -41,7 +41,7 @@ def find_faster(model: nn.Module, exclude: Iterable[str], example_input: Any) ->
         found = find(model, exclude, left)
 
 
-def _look_up(tasks: set[Task], known: dict[Task, Seconds]) -> None:
+def _look_up(tasks: list[Task], known: dict[Task, Seconds]) -> None:
     known |= decisions.recall(tasks)
     measured = measure(one for one in tasks if one not in known)
     decisions.remember(measured)

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
-import convkit.bench.roofline
 import convkit.bench.timing
 import convkit.measure
 from convkit.bench.results import Ceilings, Machine
@@ -60,15 +58,3 @@ class Clock:
         passes = PASSES if task.gradients else PASSES[:1]
         ours, theirs = self.times(task)
         return Seconds(dict.fromkeys(passes, ours), dict.fromkeys(passes, theirs), {})
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    usage = type("Usage", (), {"read": lambda self: (0.0, 0.0)})
-    monkeypatch.setattr(convkit.measure, "_measure", clock.measure)
-    monkeypatch.setattr(convkit.bench.timing, "machine", lambda device: MACHINE)
-    monkeypatch.setattr(convkit.bench.timing, "Usage", usage)
-    monkeypatch.setattr(convkit.bench.roofline, "ceilings", lambda *args, **kwargs: CEILINGS)
-    monkeypatch.setattr(convkit.bench.timing, "rotation_bytes", lambda device: 0)
-    return clock

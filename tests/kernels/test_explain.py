@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from measure_checks import CEILINGS, clock  # noqa: F401
+from measure_checks import CEILINGS
 from swap_checks import build, fused, images
 from test_swap import MODELS, BasicBlock, Generator, ResNet, conv
 from torch import nn
@@ -107,10 +107,8 @@ def test_gradients_are_those_that_are_asked_for(clock):
     model = build(lambda: nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 5), conv(5, 6)))
     model[3].requires_grad_(False)
     convkit.explain(model, images())
-    asked = {str(task.problem)[2:7]: task.gradients for task in clock.tasks}
     both = ("input", "weight")
-    assert asked == {"c3h12": ("weight",), "c4h12": ("input",), "c5h12": both} and len(clock.tasks) == 4
-    assert [task.gradients for task in clock.tasks if task.operator == "batch_norm_relu"] == [both]
+    assert [task.gradients for task in clock.tasks] == [("weight",), both, ("input",), both]
     clock.tasks.clear()
     convkit.explain(model[:1], images().requires_grad_())
     assert clock.tasks[0].gradients == both
