@@ -60,7 +60,10 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     for part in ("__init__", "functional", "nn", "swap", "info", "cli", "bench/__init__", "lab/__init__"):
         assert f"convkit/{part}.py" in names
     package = [name for name in names if name.startswith("convkit/")]
-    assert {Path(name).suffix for name in package} == {".py", ".so"}, "no sources, no emulation of CUDA, no tests"
+    assert [name for name in package if name.endswith(".tsv")] == ["convkit/bench/layers.tsv"]
+    assert {Path(name).suffix for name in package} == {".py", ".so", ".tsv"}, (
+        "no sources, no emulation of CUDA, no tests"
+    )
     assert not [name for name in package if "test" in name or "emulation" in name]
 
 

@@ -14,6 +14,8 @@ from test_swap import MODELS, BasicBlock, Generator, ResNet, conv
 from torch import nn
 
 import convkit
+import convkit.bench.roofline
+import convkit.bench.timing
 import convkit.measure
 import convkit.nn as cnn
 from convkit import cli
@@ -360,7 +362,9 @@ def test_inference_mode(clock):
 # ---------------------------------------------------------------- timing it
 
 
-def test_really_timed():
+def test_really_timed(monkeypatch):
+    for module in (convkit.measure, convkit.bench.timing):
+        monkeypatch.setattr(module, "rotation_bytes", lambda device: 1 << 20)
     layer = build(lambda: nn.Sequential(conv(2, 2), nn.BatchNorm2d(2), nn.ReLU()), torch.float32)
     luck = torch.get_rng_state()
     found = convkit.explain(layer, images(torch.float32, channels=2), budget_s=0.001)
@@ -372,6 +376,9 @@ def test_really_timed():
 
 
 def test_one_that_fails_does_not_stop_the_other(monkeypatch):
+    monkeypatch.setattr(convkit.measure, "rotation_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(convkit.bench.roofline, "ceilings", lambda *args, **kwargs: CEILINGS)
+
     def refuse(*args, **kwargs):
         raise RuntimeError("not today\nnor tomorrow")
 

@@ -2,10 +2,9 @@
 
 import copy
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ import convkit.nn as cnn
 from convkit import decisions
 from convkit.bench.problems import ConvProblem
 from convkit.measure import Seconds, Task
-
-ROOT = Path(convkit.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +36,7 @@ def only_convolutions_of(channels):
     return times
 
 
-def a_task(k=1, threads=0):
+def a_task(k=1):
     return Task("conv2d", ConvProblem.parse(f"n1c1h3w3k{k}r3s3"), (("bias", False),), (), "cpu")
 
 
@@ -150,7 +147,8 @@ def test_a_model_that_raises_stays_as_it_was(clock):
     assert repr(model) == before
 
 
-def test_really_timed(place):
+def test_really_timed(place, monkeypatch):
+    monkeypatch.setattr(convkit.measure, "rotation_bytes", lambda device: 1 << 20)
     model = build(lambda: nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()), torch.float32)
     values = copy.deepcopy(model.state_dict())
     report = convkit.swap(model, images(torch.float32), only_faster=True)
@@ -258,38 +256,21 @@ def test_what_others_wrote_stays(place):
     assert after["another machine"] == {"something": {"convkit": 1}} and sorted(map(len, after.values())) == [1, 2]
 
 
-WRITER = """
-import sys
-import torch
-torch.set_num_threads(1)
-from convkit import decisions
-from test_only_faster import SECONDS, a_task
-number = int(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-for k in range(10):
-    decisions.remember({a_task(1 + 10 * number + k): SECONDS})
-"""
+def write(number, ready):
+    ready.wait()
+    for k in range(10):
+        decisions.remember({a_task(1 + 10 * number + k): SECONDS})
 
 
 def test_several_processes_write_at_once(place):
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(number)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(3)
-    ]
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(3)
+    writers = [context.Process(target=write, args=(number, ready)) for number in range(3)]
     for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
+        writer.start()
     for writer in writers:
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    assert [writer.wait(60) for writer in writers] == [0] * 3
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 3
     tasks = {a_task(k) for k in range(1, 31)}
     assert decisions.recall(tasks).keys() == tasks
     assert sorted(path.name for path in place.parent.iterdir()) == ["decisions.json", "decisions.lock"]
