@@ -1,33 +1,15 @@
 """Made-up results of a benchmark run, for tests of what is made from them."""
 
+import dataclasses
 import random
 
-from convkit.bench.problems import BatchNormProblem, ConvProblem
-from convkit.bench.results import Ceilings, Failure, Machine, Results, Row, Settings, Timing
+import bench_checks
 
-MACHINE = Machine(
-    date="2026-11-22T02:00:00+00:00",
-    cpu="Made-up <Processor> & Sons",
-    isa="avx512",
-    cores=2,
-    threads=2,
-    l2_bytes=4 << 20,
-    llc_bytes=64 << 20,
-    clock_mhz=2600,
-    gpu=None,
-    driver=None,
-    gpu_clock_mhz=None,
-    memory_clock_mhz=None,
-    system="Linux",
-    python="3.11.7",
-    torch="2.13.0",
-    convkit="0.1.0",
-    revision="0123456789ab",
-    native="cafe01234567",
-    load_average=0.1,
-    others=0.0,
-)
-SETTINGS = Settings("cpu", 2, ("nchw", "nhwc"), ("torch", "native", "compile", "im2col"), False, 0.3, 512 << 20)
+from convkit.bench.problems import BatchNormProblem, ConvProblem
+from convkit.bench.results import Ceilings, Failure, Results, Row, Timing
+
+MACHINE = dataclasses.replace(bench_checks.MACHINE, cpu="Made-up <Processor> & Sons")
+SETTINGS = bench_checks.SETTINGS
 CEILINGS = Ceilings(40e9, 120e9, {"f32": 420e9})
 PEERS = ("torch/nchw", "torch/nhwc", "compile/nhwc", "im2col/nchw")
 
@@ -64,8 +46,6 @@ def network(name: str, ratio: float = 1.1) -> Row:
 
 
 def results(rows: list[Row], **machine: object) -> Results:
-    import dataclasses
-
     return Results(dataclasses.replace(MACHINE, **machine), SETTINGS, CEILINGS, rows)
 
 
