@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convkit.bench import BenchError
-from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table
+from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table, version
 from convkit.bench.results import Results
 from convkit.lab import LabError
 from convkit.lab.demo import results_table
@@ -96,7 +96,13 @@ def listed(folder: Path) -> str:
 
 def _demo_facts(data: dict[str, Any]) -> list[str]:
     env = data["env"]
-    return [f"`{data['command']}`", data["machine"], data["date"], env["torch"], _version(env["convkit"], env["git"])]
+    return [
+        f"`{data['command']}`",
+        data["machine"],
+        data["date"],
+        env["torch"],
+        f"{env['convkit']} ({env['git'][:12]})",
+    ]
 
 
 def _bench_facts(path: Path) -> list[str]:
@@ -109,11 +115,7 @@ def _bench_facts(path: Path) -> list[str]:
     where = machine.gpu or f"{machine.cpu}, {machine.isa}, {machine.threads} threads on {machine.cores} cores"
     busy = ", busy meanwhile" if results.disturbances() else ""
     what = f"`convkit bench`: {len(rows)} rows of {families}; {dtypes}; peers {peers}"
-    return [what, where + busy, machine.date[:10], machine.torch, _version(machine.convkit, machine.revision)]
-
-
-def _version(version: str, revision: str | None) -> str:
-    return f"{version} ({revision[:12]})" if revision else version
+    return [what, where + busy, machine.date[:10], machine.torch, version(machine)]
 
 
 def main(arguments: list[str]) -> None:

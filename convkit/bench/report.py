@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING
 
 from convkit.bench import BenchError
 from convkit.bench.pictures import COLOURS, GRID, INK, PAPER, bandwidth, rate, ratios, roofline
-from convkit.bench.report_tables import BUSY, FAMILIES, NETS, Table, failures, layer_table, net_table, summary_table
+from convkit.bench.report_tables import (
+    BUSY,
+    FAMILIES,
+    NETS,
+    Table,
+    failures,
+    layer_table,
+    net_table,
+    summary_table,
+    version,
+)
 from convkit.bench.results import Results
 
 if TYPE_CHECKING:
@@ -137,9 +147,8 @@ def _facts(results: Results) -> dict[str, str]:
         clocks = {"SM": machine.gpu_clock_mhz, "memory": machine.memory_clock_mhz}
         parts = [machine.gpu] + [f"driver {machine.driver}"] * bool(machine.driver)
         facts["GPU"] = ", ".join(parts + [f"{value:.0f} MHz {what}" for what, value in clocks.items() if value])
-    build = machine.revision or machine.native
     facts["Software"] = (
-        f"convkit {machine.convkit} ({build}), PyTorch {machine.torch}, Python {machine.python}, {machine.system}"
+        f"convkit {version(machine)}, PyTorch {machine.torch}, Python {machine.python}, {machine.system}"
     )
     measured = [f"copy {bandwidth(ceilings.copy_bytes_per_s)}"]
     if ceilings.copy_in_cache_bytes_per_s:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from convkit.bench.results import OWN, Failure, Results, Row
+from convkit.bench.results import OWN, Failure, Machine, Results, Row
 
 __all__ = ["FAMILIES", "Cell", "Table", "layer_table", "net_table", "quantity", "short_table", "summary_table"]
 
@@ -172,6 +172,12 @@ def net_table(results: Results) -> Table:
                 )
             )
     return Table(heads, tuple(lines), texts=5)
+
+
+def version(machine: Machine) -> str:
+    """convkit's version and its commit, with a + where files differed; without a commit the native module's digest."""
+    build = machine.revision or machine.native
+    return f"{machine.convkit} ({build.rstrip('+')[:12]}{'+' if build.endswith('+') else ''})"
 
 
 def failures(results: Results) -> list[tuple[str, str]]:
