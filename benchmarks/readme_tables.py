@@ -1,6 +1,6 @@
 """Fills the tables of README.md from the files in benchmarks/results, and lists those files in their README.md.
 
-A table stands between two comments, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is the name of a file in
+A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is the name of a file in
 benchmarks/results without its ``.json``. VIEW is left out for a result of ``make demo``; for one of ``convkit bench
 --json`` it is ``means``, or a family (dense, depthwise, batch-norm, nets). ``--check`` writes nothing and exits with
 status 1 where a table is not up to date. ``make readme-tables`` runs this.
@@ -22,7 +22,8 @@ from convkit.lab import LabError
 from convkit.lab.demo import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"<!-- table:(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"^<!-- table:", re.MULTILINE)
+MARKED = re.compile(r"^<!-- table:(.*?)-->\n(.*?)^<!-- end -->", re.DOTALL | re.MULTILINE)
 LIST_HEADS = ("file", "what", "machine", "date", "PyTorch", "convkit")
 
 
@@ -77,7 +78,7 @@ def filled(text: str, folder: Path) -> str:
         content = demo_table(data) if "runs" in (data := read(path)) else bench_table(path, view.strip())
         return f"<!-- table:{found[1]}-->\n{content}\n<!-- end -->"
 
-    if text.count("<!-- table:") != len(MARKED.findall(text)):
+    if len(MARK.findall(text)) != len(MARKED.findall(text)):
         raise SystemExit("README.md: a '<!-- table: … -->' has no '<!-- end -->' after it")
     return MARKED.sub(table, text)
 
