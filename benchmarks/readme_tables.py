@@ -2,8 +2,8 @@
 
 A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is
 the name of a file in benchmarks/results without its ``.json``. VIEW is left out for a result of ``make demo``; for one
-of ``convkit bench --json`` it is ``means``, or a family (dense, depthwise, batch-norm, nets). ``--check`` writes nothing
-and exits with status 1 where a table is not up to date. ``make readme-tables`` runs this.
+of ``convkit bench --json`` it is ``means``, or a family (dense, depthwise, batch-norm, nets). ``--check`` writes
+nothing and exits with status 1 where a table is not up to date. ``make readme-tables`` runs this.
 """
 
 from __future__ import annotations
