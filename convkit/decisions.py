@@ -87,7 +87,7 @@ def _file() -> Path | None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"convkit: {message} (CONVKIT_CACHE sets the folder)", stacklevel=4)
+    warnings.warn(f"convkit: {message} (CONVKIT_CACHE sets the folder)", stacklevel=6)  # the caller of swap
 
 
 def _environment(device: str) -> str:
@@ -112,7 +112,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     """The decisions in the file, by environment; ValueError if it is not such a file."""
     try:
         text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # writing will say what is wrong
         return {}
     data = json.loads(text)
     known = data.get("decisions") if isinstance(data, dict) and data.get("schema") == SCHEMA else None

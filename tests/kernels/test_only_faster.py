@@ -241,8 +241,9 @@ def test_entries_that_make_no_sense_are_measured_anew(place):
 def test_a_place_that_cannot_be_written_is_a_warning(clock, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("CONVKIT_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot be written, so layers will be measured again next time"):
+    with pytest.warns(UserWarning, match="cannot be written, so layers will be measured again next time") as warned:
         report = convkit.swap(conv(3, 4).double(), images(), only_faster=True)
+    assert [warning.filename for warning in warned] == [__file__]
     assert report.replaced and (tmp_path / "file").read_text() == "mine"
 
 
