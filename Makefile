@@ -10,15 +10,16 @@ ARGS ?=
 PY := .venv/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/cuda/emulation/*')
 
-.PHONY: help demo bench test lint build clean
+.PHONY: help demo bench test lint readme-tables build clean
 
 help:
-	@echo "make demo    train three networks on real digits with convkit's kernels; ends with a table"
-	@echo "make bench   measure convkit against PyTorch            (ARGS=... goes to convkit bench)"
-	@echo "make test    the whole test suite                      (ARGS=... goes to pytest)"
-	@echo "make lint    ruff: rules and format"
-	@echo "make build   .venv with everything pinned in it, and the native module, compiled where it changed"
-	@echo "make clean   remove what was built; .venv stays"
+	@echo "make demo           train three networks on real digits with convkit's kernels; ends with a table"
+	@echo "make bench          measure convkit against PyTorch           (ARGS=... goes to convkit bench)"
+	@echo "make test           the whole test suite                      (ARGS=... goes to pytest)"
+	@echo "make lint           ruff: rules and format"
+	@echo "make readme-tables  fill the tables of README.md from benchmarks/results"
+	@echo "make build          .venv with everything pinned in it, and the native module, compiled where it changed"
+	@echo "make clean          remove what was built; .venv stays"
 
 demo: build
 	.venv/bin/convkit demo $(ARGS)
@@ -32,6 +33,9 @@ test: build
 lint: .venv/.requirements
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+readme-tables: build
+	$(PY) benchmarks/readme_tables.py
 
 build: .venv/.built
 
