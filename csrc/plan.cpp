@@ -157,8 +157,7 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   OuterPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.merge_taps = can_merge_taps(a);
-  b.stage_x = b.merge_taps || needs_staging(a.dtype, a.layout, a.c, a.h * a.w);
-  b.stage_grad = needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
+  b.stage_grad = !b.merge_taps || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : a.h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
@@ -176,15 +175,23 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   int64_t tiles = a.groups * b.row_tiles * b.taps * b.column_tiles;
   b.splits = std::clamp<int64_t>(ceil_div(32, tiles), 1, std::min<int64_t>(a.p, 8));
 
-  int64_t x_bytes = b.staged_h * b.staged_w * a.c * element, grad_bytes = a.p * a.q * a.k * element;
+  int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
+  int64_t grad_values = b.merge_taps ? a.k : a.groups * b.row_tiles * b.rows;
+  int64_t x_bytes = b.staged_h * b.staged_w * x_values * element, grad_bytes = a.p * a.q * grad_values * element;
   b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
   int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
   b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
 
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
   b.sums = ws.take(b.splits * b.sums_of_split * element);
-  b.x = ws.take(b.stage_x ? b.images_per_chunk * x_bytes : 0);
-  b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  int64_t x_rows = std::min(b.staged_h, (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1);
+  if (b.merge_taps) {
+    b.x = ws.take(b.images_per_chunk * x_bytes);
+    b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  } else {
+    b.x = ws.take(b.images_per_chunk * x_rows * b.staged_w * x_values * element);
+    b.grad = ws.take(b.images_per_chunk * b.rows_per_block * a.q * grad_values * element);
+  }
   return b;
 }
 
@@ -292,8 +299,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
              num(b.rows_per_block) + " rows a block";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
-      if (b.stage_x || b.stage_grad)
-        out += std::string(", staged") + (b.stage_x ? " input" : "") + (b.stage_grad ? " gradient" : "");
+      out += b.stage_grad ? ", staged input and gradient" : ", staged input";
       break;
     }
     case ConvKernel::depthwise: {

@@ -63,7 +63,8 @@ struct PlanesPlan {
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
-  bool merge_taps, stage_x, stage_grad;
+  bool merge_taps;          // x is copied as padded images; else x and the gradient as panels, a block at a time
+  bool stage_grad;
   int64_t staged_h, staged_w;
   int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
   int64_t row_values, column_values, columns_padded;  // of a group
