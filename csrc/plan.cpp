@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace convkit {
 
@@ -181,6 +182,56 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   return b;
 }
 
+// Whether the problem is of Winograd's kind, and large enough in all directions to win by it.
+bool can_use_winograd(const ConvProblem& a) {
+  return a.dtype == DType::f32 && a.groups == 1 && a.r == 3 && a.s == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+         a.dilation_w == 1;
+}
+
+int64_t env(const char* n, int64_t d) { const char* v = std::getenv(n); return v ? std::atoll(v) : d; }
+
+WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  WinogradPlan b{};
+  b.input_grad = pass == Pass::input_grad;
+  b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
+  b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
+  b.pad_top = b.input_grad ? 2 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4), b.tiles = a.n * b.tiles_h * b.tiles_w;
+  b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
+  int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
+  b.groups = ceil_div(b.tiles, rows);
+
+  constexpr int64_t kBlock = 36 * (kWinogradWidth * kWinogradWidth + 16) * 4;  // filters, sums of the weight gradient
+  int64_t group = 36 * rows * kWinogradWidth * 4;
+  bool nchw = a.layout == Layout::nchw;
+  int64_t src_strip = nchw ? 6 * std::min(b.src_w, b.tiles_w * 4 + 2) * kWinogradWidth * 4 : 0;
+  int64_t dst_strip = nchw ? 4 * b.dst_w * kWinogradWidth * 4 : 0, strip = std::max(src_strip, dst_strip);
+  if (pass == Pass::weight_grad) {
+    b.tiles_at_once = env("W_T", 32);
+    b.splits = std::clamp<int64_t>(env("W_S", 16) / (b.depth_blocks * b.column_blocks), 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
+    int64_t local = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip;
+    b.sums = ws.take(b.splits > 1 ? b.splits * b.depth_blocks * b.column_blocks * kBlock : 0);
+    b.scratch_bytes = ceil_div(local + (b.splits == 1 ? kBlock : 0), 64) * 64;
+  } else {
+    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c * 4 % 64 == 0 && a.n * b.dst_h * b.dst_w * b.dst_c * 4 > env("W_NT", 2 << 20);
+    int64_t filters = b.depth_blocks * b.column_blocks * kBlock;
+    b.shared_filters = filters <= env("W_SHARED", 4 << 20);
+    if (b.shared_filters) {
+      int64_t groups_at_once = std::max<int64_t>(1, env("W_G", 1100 << 10) / ((b.depth_blocks + 1) * group));
+      b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
+      b.filters = ws.take(filters);
+      b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
+    } else {
+      b.tile_blocks = ceil_div(b.groups, env("W_GA", 14));
+      b.source = ws.take(b.groups * b.depth_blocks * group);
+      b.scratch_bytes = kBlock + ceil_div(b.groups, b.tile_blocks) * group + strip;
+    }
+    b.scratch_bytes = ceil_div(b.scratch_bytes, 64) * 64;
+  }
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
 }  // namespace
 
 ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
@@ -189,6 +240,9 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   if (a.is_depthwise() && a.c > 1) {
     plan.kernel = ConvKernel::depthwise;
     plan.depthwise = plan_depthwise(a, pass, f, ws);
+  } else if (can_use_winograd(a) && env("CONVKIT_WINOGRAD", 1)) {
+    plan.kernel = ConvKernel::winograd;
+    plan.winograd = plan_winograd(a, pass, f, ws);
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
@@ -229,6 +283,13 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
+      break;
+    }
+    case ConvKernel::winograd: {
+      const WinogradPlan& b = plan.winograd;
+      out += "winograd_" + std::string(f.isa) + "_4x4, " + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
+      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
+      else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.shared_filters ? "" : ", filters transformed by block");
       break;
     }
   }

@@ -16,7 +16,7 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, outer, depthwise };
+enum class ConvKernel { rows, outer, depthwise, winograd };
 
 // A piece of the workspace, in bytes from its start. Pieces are cache-line aligned.
 struct Piece {
@@ -70,11 +70,33 @@ struct DepthwisePlan {
   int64_t scratch_bytes;    // of one thread
 };
 
+// Channels, and filters, of a block of what Winograd's transforms write.
+constexpr int kWinogradWidth = 64;
+
+// 3x3 filters, stride 1: Winograd's F(4x4, 3x3), all three passes.
+struct WinogradPlan {
+  bool input_grad;
+  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6: the input, or y's gradient when input_grad
+  int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
+  int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used
+  int64_t tiles_h, tiles_w, tiles;
+  int64_t depth_blocks, column_blocks;  // of src_c, dst_c
+  int64_t groups;               // of tiles: rows of a register tile
+  bool shared_filters;          // transformed once for all; otherwise by each task, and the source once for all
+  int64_t tile_blocks;          // groups of tiles go to tasks in so many parts
+  bool streaming;               // the output is larger than the caches
+  int64_t tiles_at_once;        // weight gradient: tiles between two looks at the sums
+  int64_t splits;               // weight gradient: partial sums over parts of the tiles, added in order
+  Piece filters, source, sums, scratch;
+  int64_t scratch_bytes;        // of one thread
+};
+
 struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
   OuterPlan outer;
   DepthwisePlan depthwise;
+  WinogradPlan winograd;
   int64_t workspace_bytes;
 };
 

@@ -8,30 +8,31 @@
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time: the square
-// is read and written a cache line each way, which a plain double loop over a large transpose does not.
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time: it is read
+// and written a vector at a time, which a plain double loop over a large transpose does only one way.
 template <class S, class D>
-CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int B = 16;
+inline void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
   using T = compute_t<S>;
-  for (int64_t i0 = 0; i0 < rows; i0 += B)
-    for (int64_t j0 = 0; j0 < columns; j0 += B) {
-      int64_t ni = min_of<int64_t>(B, rows - i0), nj = min_of<int64_t>(B, columns - j0);
-      T square[B][B];
-      if (ni == B && nj == B) {
-        for (int i = 0; i < B; ++i) {
-          const S* line = from + (i0 + i) * from_stride + j0;
-          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(&square[i][v], load(line + v));
-        }
-        for (int j = 0; j < B; ++j) {
-          D* line = to + (j0 + j) * to_stride + i0;
-          T column[B];
-          CONVKIT_UNROLL for (int i = 0; i < B; ++i) column[i] = square[i][j];
-          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(line + v, load(column + v));
-        }
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < columns; j += L) {
+      int ni = int(min_of<int64_t>(L, rows - i)), nj = int(min_of<int64_t>(L, columns - j));
+      const S* source = from + i * from_stride + j;
+      D* target = to + j * to_stride + i;
+      vec<T> square[L];
+      if (ni == L && nj == L) {
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = load(source + k * from_stride);
+        transpose<T>(square);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(target + k * to_stride, square[k]);
       } else {
-        for (int64_t i = 0; i < ni; ++i)
-          for (int64_t j = 0; j < nj; ++j) put(to + (j0 + j) * to_stride + i0 + i, get(from + (i0 + i) * from_stride + j0 + j));
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k)
+          square[k] = k >= ni ? vec<T>{} : nj == L ? load(source + k * from_stride) : load_n(source + k * from_stride, nj);
+        transpose<T>(square);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) {
+          if (k >= nj) break;
+          if (ni == L) store(target + k * to_stride, square[k]);
+          else store_n(target + k * to_stride, square[k], ni);
+        }
       }
     }
 }

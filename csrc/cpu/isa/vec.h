@@ -172,6 +172,48 @@ template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n)
   std::memcpy(p, buffer, n * sizeof(S));
 }
 
+// Past the caches, where the target is a whole aligned vector and vectors are cache lines: an ordinary store would first
+// read the line that it overwrites. streaming_fence() after the last of a task makes them visible like other stores.
+CONVKIT_INLINE void store_streaming(float* p, vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+CONVKIT_INLINE void streaming_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Neighbouring values of a and b in turns; `upper`: from the upper halves.
+template <class T> CONVKIT_INLINE vec<T> interleave(vec<T> a, vec<T> b, bool upper) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  vec<T> out;
+  CONVKIT_UNROLL for (int i = 0; i < L; ++i) out[i] = (i & 1 ? b : a)[(upper ? L : 0) / 2 + i / 2];
+  return out;
+#else
+  typename VecOf<T>::mask from;
+  CONVKIT_UNROLL for (int i = 0; i < L; ++i) from[i] = (i & 1 ? L : 0) + (upper ? L : 0) / 2 + i / 2;
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// A square of lanes x lanes values, rows exchanged with columns: log2(lanes) rounds of interleaving rows half a square apart.
+template <class T> CONVKIT_INLINE void transpose(vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  CONVKIT_UNROLL for (int round = 1; round < L; round *= 2) {
+    vec<T> next[L];
+    CONVKIT_UNROLL for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<T>(rows[i], rows[i + L / 2], false);
+      next[2 * i + 1] = interleave<T>(rows[i], rows[i + L / 2], true);
+    }
+    CONVKIT_UNROLL for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
 // Calls f(Tag<S>) with the stored type that `dtype` names: the one place where dtypes become templates.
 template <class S> struct Tag {};
 template <class DT, class F> CONVKIT_INLINE void with_type(DT dtype, F&& f) {
