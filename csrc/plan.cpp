@@ -215,9 +215,9 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   } else {
     b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c * 4 % 64 == 0 && a.n * b.dst_h * b.dst_w * b.dst_c * 4 > env("W_NT", 2 << 20);
     int64_t filters = b.depth_blocks * b.column_blocks * kBlock;
-    b.shared_filters = filters <= env("W_SHARED", 4 << 20);
+    b.shared_filters = filters <= env("W_SHARED", 12 << 20);
     if (b.shared_filters) {
-      int64_t groups_at_once = std::max<int64_t>(1, env("W_G", 1100 << 10) / ((b.depth_blocks + 1) * group));
+      int64_t groups_at_once = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0)) / ((b.depth_blocks + 1) * group));
       b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
       b.filters = ws.take(filters);
       b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;

@@ -8,31 +8,25 @@
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time: it is read
-// and written a vector at a time, which a plain double loop over a large transpose does only one way.
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time, in registers.
 template <class S, class D>
-inline void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
+CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < rows; i += L)
-    for (int64_t j = 0; j < columns; j += L) {
+  for (int64_t j = 0; j < columns; j += L)
+    for (int64_t i = 0; i < rows; i += L) {
       int ni = int(min_of<int64_t>(L, rows - i)), nj = int(min_of<int64_t>(L, columns - j));
-      const S* source = from + i * from_stride + j;
-      D* target = to + j * to_stride + i;
+      const S* line = from + i * from_stride + j;
+      D* out = to + j * to_stride + i;
       vec<T> square[L];
       if (ni == L && nj == L) {
-        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = load(source + k * from_stride);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = load(line + k * from_stride);
         transpose<T>(square);
-        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(target + k * to_stride, square[k]);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(out + k * to_stride, square[k]);
       } else {
-        CONVKIT_UNROLL for (int k = 0; k < L; ++k)
-          square[k] = k >= ni ? vec<T>{} : nj == L ? load(source + k * from_stride) : load_n(source + k * from_stride, nj);
+        for (int k = 0; k < L; ++k) square[k] = k < ni ? load_n(line + k * from_stride, nj) : vec<T>{};
         transpose<T>(square);
-        CONVKIT_UNROLL for (int k = 0; k < L; ++k) {
-          if (k >= nj) break;
-          if (ni == L) store(target + k * to_stride, square[k]);
-          else store_n(target + k * to_stride, square[k], ni);
-        }
+        for (int k = 0; k < nj; ++k) store_n(out + k * to_stride, square[k], ni);
       }
     }
 }

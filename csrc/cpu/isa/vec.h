@@ -1,11 +1,12 @@
 // One vector type for every instruction set, from the compiler's vector extensions, and loads and stores that convert
 // between what is stored (double, float, bfloat16, float16) and what is computed in (double, float).
 // Everything lives in a namespace named after the instruction set: a function of the same name compiled for AVX-512
-// must never be picked by the linker for a machine without it. For the same reason nothing from std:: is used here.
+// must never be picked by the linker for a machine without it. For the same reason no function from std:: is used here.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -111,6 +112,67 @@ CONVKIT_INLINE vec<float> load(const float* p) { return *reinterpret_cast<const 
 CONVKIT_INLINE void store(double* p, vec<double> v) { *reinterpret_cast<VecOf<double>::loose*>(p) = v; }
 CONVKIT_INLINE void store(float* p, vec<float> v) { *reinterpret_cast<VecOf<float>::loose*>(p) = v; }
 
+// A whole line at an address that is a multiple of kVectorBytes, past the caches: an ordinary store to a line that no
+// cache holds reads it from memory first, so a copy of large tensors takes up to twice as long. fence() makes the lines
+// seen by other threads; it belongs at the end of a task that streamed.
+template <class T> CONVKIT_INLINE void stream(T* p, vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_stream_ps(p, (__m512)v);
+  else _mm512_stream_pd(p, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) _mm256_stream_ps(p, (__m256)v);
+  else _mm256_stream_pd(p, (__m256d)v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) _mm_stream_ps(p, (__m128)v);
+  else _mm_stream_pd(p, (__m128d)v);
+#else
+  store(p, v);
+#endif
+}
+CONVKIT_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+CONVKIT_INLINE bool streamable(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
+// ---- a square of vectors -------------------------------------------------------------------------------------------
+
+// One step of a transpose: in every square of 2 * D lanes, the off-diagonal halves of rows i and i + D change places.
+template <int D, class V, int... I> CONVKIT_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  V low = __builtin_shufflevector(a, b, ((I & D) ? L + I - D : I)...);
+  V high = __builtin_shufflevector(a, b, ((I & D) ? L + I : I + D)...);
+  a = low, b = high;
+}
+template <int D, class V> CONVKIT_INLINE void transpose_steps(V* row) {
+  constexpr int L = int(sizeof(V) / sizeof(row[0][0]));
+  if constexpr (D < L) {
+    CONVKIT_UNROLL for (int i = 0; i < L; ++i)
+      if ((i & D) == 0) exchange<D>(row[i], row[i + D], std::make_integer_sequence<int, L>{});
+    transpose_steps<2 * D>(row);
+  }
+}
+// row[i][j] and row[j][i] change places; L rows of L lanes.
+template <class T> CONVKIT_INLINE void transpose(vec<T>* row) { transpose_steps<1>(row); }
+
+// Keeps a value in a register: the compiler would rather load it again for each multiply-add that takes it, and compute
+// the address of every load from the start, and the loads or the decoder then bound the loop.
+template <class V> CONVKIT_INLINE V held(V v) {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+template <class T> CONVKIT_INLINE const T* held(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2), may_alias));
 typedef uint32_t word_bits __attribute__((vector_size(kVectorBytes), may_alias));
 
@@ -170,48 +232,6 @@ template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n)
   S buffer[kLanes<compute_t<S>>];
   store(buffer, v);
   std::memcpy(p, buffer, n * sizeof(S));
-}
-
-// Past the caches, where the target is a whole aligned vector and vectors are cache lines: an ordinary store would first
-// read the line that it overwrites. streaming_fence() after the last of a task makes them visible like other stores.
-CONVKIT_INLINE void store_streaming(float* p, vec<float> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)v);
-#else
-  store(p, v);
-#endif
-}
-CONVKIT_INLINE void streaming_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// Neighbouring values of a and b in turns; `upper`: from the upper halves.
-template <class T> CONVKIT_INLINE vec<T> interleave(vec<T> a, vec<T> b, bool upper) {
-  constexpr int L = kLanes<T>;
-#if defined(__clang__)
-  vec<T> out;
-  CONVKIT_UNROLL for (int i = 0; i < L; ++i) out[i] = (i & 1 ? b : a)[(upper ? L : 0) / 2 + i / 2];
-  return out;
-#else
-  typename VecOf<T>::mask from;
-  CONVKIT_UNROLL for (int i = 0; i < L; ++i) from[i] = (i & 1 ? L : 0) + (upper ? L : 0) / 2 + i / 2;
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
-// A square of lanes x lanes values, rows exchanged with columns: log2(lanes) rounds of interleaving rows half a square apart.
-template <class T> CONVKIT_INLINE void transpose(vec<T> (&rows)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-  CONVKIT_UNROLL for (int round = 1; round < L; round *= 2) {
-    vec<T> next[L];
-    CONVKIT_UNROLL for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = interleave<T>(rows[i], rows[i + L / 2], false);
-      next[2 * i + 1] = interleave<T>(rows[i], rows[i + L / 2], true);
-    }
-    CONVKIT_UNROLL for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
 }
 
 // Calls f(Tag<S>) with the stored type that `dtype` names: the one place where dtypes become templates.

@@ -14,6 +14,10 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 namespace {
 
+#ifndef WPROF
+#define WPROF(k)
+#endif
+
 using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
@@ -25,11 +29,11 @@ constexpr int64_t kPanel = kWidth * kWidth + 16;
 // registers (4 loads and 7 broadcasts for 28 multiply-adds), 6 x 2 with 16 registers. Rows are kWidth apart; a is
 // [m][d], or [d][m] when Transposed. `next` is fetched meanwhile, a line a step: the operand of a later call.
 template <int MR, int NV, bool Transposed>
-__attribute__((noinline)) void product(const float* a, const float* b, float* c, int64_t depth, bool accumulate, const float* next) {
+__attribute__((noinline)) void product(const float* a, const float* b, float* c, int64_t depth, bool accumulate, const float* next, int64_t next_step) {
   V acc[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V{};
-  for (int64_t d = 0; d < depth; ++d, a += Transposed ? kWidth : 1, b += kWidth, next += 16) {
+  for (int64_t d = 0; d < depth; ++d, a += Transposed ? kWidth : 1, b += kWidth, next += next_step) {
     __builtin_prefetch(next);
     V columns[NV];
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) columns[v] = load(b + v * L);
@@ -45,7 +49,7 @@ __attribute__((noinline)) void product(const float* a, const float* b, float* c,
     }
 }
 
-using ProductFn = void (*)(const float*, const float*, float*, int64_t, bool, const float*);
+using ProductFn = void (*)(const float*, const float*, float*, int64_t, bool, const float*, int64_t);
 
 #if defined(__AVX512F__)
 constexpr int kProductVectors = 4;
@@ -64,12 +68,12 @@ template <bool Transposed, int NV, int MR = kProductRows> ProductFn product_of(i
 // All columns of a block of `columns` values: as many vectors at a time as the registers hold, then the rest.
 template <bool Transposed>
 CONVKIT_INLINE void product_columns(int64_t rows, const float* a, const float* b, float* c, int64_t depth, int64_t columns,
-                                    bool accumulate, const float* next) {
+                                    bool accumulate, const float* next, int64_t next_step) {
   int64_t left = ceil_div(columns, L);
   while (left > 0) {
     int64_t take = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
     ProductFn f = take == 1 ? product_of<Transposed, 1>(rows) : take == 2 ? product_of<Transposed, 2>(rows) : product_of<Transposed, kProductVectors>(rows);
-    f(a, b, c, depth, accumulate, next);
+    f(a, b, c, depth, accumulate, next, next_step);
     b += take * L, c += take * L, left -= take;
   }
 }
@@ -97,7 +101,7 @@ struct Winograd {
   const WinogradPlan& plan = a.plan.winograd;
   char* ws = static_cast<char*>(a.workspace);
 
-  bool streaming = plan.streaming && reinterpret_cast<uintptr_t>(a.dst) % kVectorBytes == 0;
+  bool streaming = plan.streaming && streamable(a.dst);
 
   Winograd(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -161,6 +165,7 @@ struct Winograd {
   // Transformed filters of one block of columns and one block of depth, rows [depth.begin, depth.end) of it:
   // to[position][depth][column].
   void transform_filters(int64_t column_block, int64_t depth_block, Range rows, float* to) const {
+    WPROF(1);
     const S* weight = static_cast<const S*>(a.weight);
     const WeightStrides& st = a.weight_strides;
     // The filters are columns going forward and depth going back.
@@ -170,10 +175,10 @@ struct Winograd {
     constexpr int64_t kDepthPiece = 16;
     float taps[kDepthPiece][kTaps][L];  // what neighbouring columns have of one depth and tap
     bool run_of_taps = st.s == 1 && st.r == kFilter;
-    for (int64_t d = rows.begin; d < rows.end; d += kDepthPiece) {
-      int64_t deep = min_of(kDepthPiece, rows.end - d);
-      for (int64_t first = columns.begin; first < columns.end; first += L) {
-        int64_t wide = min_of<int64_t>(L, columns.end - first);
+    for (int64_t first = columns.begin; first < columns.end; first += L) {
+      int64_t wide = min_of<int64_t>(L, columns.end - first);
+      for (int64_t d = rows.begin; d < rows.end; d += kDepthPiece) {
+        int64_t deep = min_of(kDepthPiece, rows.end - d);
         const S* from = weight + first * column_stride + (depth.begin + d) * depth_stride;
         bool direct = column_stride == 1 && wide == L;
         if (direct) {
@@ -212,6 +217,7 @@ struct Winograd {
 
   // Groups of `groups`, one block of depth -> to[group][position][tile][channel].
   void transform_source(const Pixels& src, Range groups, int64_t depth_block, float* to, float* strip) const {
+    WPROF(0);
     Range depth = block_of(plan.src_c, depth_block);
     transform_pixels<SourceTransform>(
         src, {group(groups.begin).begin, group(groups.end - 1).end}, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
@@ -222,19 +228,23 @@ struct Winograd {
 
   // One block of depth of the 36 products: sums[group][position][tile][column] (+)= source * filters.
   void multiply(const float* source, const float* filters, float* sums, Range groups, int64_t column_block, int64_t depth_block) const {
+    WPROF(2);
     Range columns = block_of(plan.dst_c, column_block), depth = block_of(plan.src_c, depth_block);
     int64_t count = groups.end - groups.begin, deep = depth.end - depth.begin;
+    // Meanwhile what comes next is fetched: of the next position's filters where they come from afar, else of the source.
+    int64_t share = kWidth * kWidth / count & -16;
     for (int64_t x = 0; x < kPositions; ++x)
       for (int64_t g = 0; g < count; ++g) {
         Range tiles = group(groups.begin + g);
         int64_t at = g * kGroupBlock + x * kProductRows * kWidth;
-        // While this runs, a part of the next position's filters comes nearer.
-        const float* next = filters + (x + 1) * kPanel + g * (kWidth * kWidth / count & -16);
-        product_columns<false>(tiles.end - tiles.begin, source + at, filters + x * kPanel, sums + at, deep, columns.end - columns.begin, depth_block > 0, next);
+        const float* next = plan.shared_filters ? filters + (x + 1) * kPanel + g * share : source + at + kGroupBlock;
+        int64_t next_step = plan.shared_filters ? 16 : 8;
+        product_columns<false>(tiles.end - tiles.begin, source + at, filters + x * kPanel, sums + at, deep, columns.end - columns.begin, depth_block > 0, next, next_step);
       }
   }
 
   void transform_output(const float* sums, Range groups, int64_t column_block, float* strip) const {
+    WPROF(3);
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w;
     const float* bias = a.bias == nullptr ? nullptr : static_cast<const S*>(a.bias) + columns.begin;
@@ -261,7 +271,7 @@ struct Winograd {
               CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
           if (whole && streaming) {
             CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) store_streaming(base + i * row + j * pixel + v, y[i][j]);
+              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) stream(base + i * row + j * pixel + v, y[i][j]);
           } else if (whole && lanes == L) {
             CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
               CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) store(base + i * row + j * pixel + v, y[i][j]);
@@ -281,7 +291,7 @@ struct Winograd {
       for (int64_t y = 0; y < (whole ? 1 : down); ++y)
         transpose_block(strip + y * row, kWidth, plane + y * w, h * w, whole ? down * across : across, channels);
     });
-    if (streaming) streaming_fence();
+    if (streaming) fence();
   }
 
   void forward() const {
@@ -346,21 +356,26 @@ struct Winograd {
     for (int64_t i = 0; i < pieces; ++i) {
       Range now = part(tiles.end - tiles.begin, pieces, i);
       now = {tiles.begin + now.begin, tiles.begin + now.end};
+      { WPROF(0);
       transform_pixels<SourceTransform>(x, now, channels.begin, wide, strip, step, [&](int64_t t) { return source + (t - now.begin) * kWidth; });
+      } { WPROF(4);
       transform_pixels<GradTransform>(grad, now, filters.begin, filters.end - filters.begin, strip, step,
                                       [&](int64_t t) { return gradient + (t - now.begin) * kWidth; });
+      }
+      WPROF(2);
       for (int64_t position = 0; position < kPositions; ++position)
         for (int64_t tile = 0; tile < row_tiles; ++tile) {
           Range rows = part(filters.end - filters.begin, row_tiles, tile);
-          const float* next = source + (position + 1) * step;
+          const float* next = sums + position * kPanel + rows.end * kWidth;
           product_columns<true>(rows.end - rows.begin, gradient + position * step + rows.begin, source + position * step,
-                                sums + position * kPanel + rows.begin * kWidth, now.end - now.begin, wide, i > 0, next);
+                                sums + position * kPanel + rows.begin * kWidth, now.end - now.begin, wide, i > 0, next, 16);
         }
     }
   }
 
   // The sums of all splits in order, for a row of filters -> taps.
   void write_weight(const float* sums, int64_t splits, int64_t split_step, int64_t filter, Range channels, int64_t row) const {
+    WPROF(5);
     S* weight = static_cast<S*>(a.dst) + filter * a.weight_strides.k;
     const WeightStrides& st = a.weight_strides;
     for (int64_t first = channels.begin; first < channels.end; first += L) {
