@@ -1,7 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <numeric>
 
 namespace convkit {
 
@@ -24,11 +24,19 @@ constexpr int64_t kStagedBytes = 4 << 20;
 // Output and input gradient blocks of the weight gradient: half of a 2 MiB second-level cache.
 constexpr int64_t kOuterBlockBytes = 1 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
-constexpr int64_t kDepthwiseBytes = 256 << 10;
+constexpr int64_t kDepthwiseBytes = 512 << 10;
+// What a strip of a depthwise task may take of the first-level cache.
+constexpr int64_t kDepthwiseStripBytes = 24 << 10;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
+// Winograd: tiles between two looks at the sums of a weight gradient.
+constexpr int64_t kWinogradTiles = 32;
+// Transformed filters beyond this are transformed again for every block of tiles rather than read again.
+constexpr int64_t kSharedFilterBytes = 12 << 20;
+// Then the transformed source of so many tiles lies in the workspace.
+constexpr int64_t kWinogradSourceBytes = 24 << 20;
 
 // Contiguous and channels-last are the same memory where there is one channel or one pixel.
 bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
@@ -145,13 +153,26 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   bool input_grad = pass == Pass::input_grad;
   int64_t src_h = input_grad ? a.p : a.h, src_w = input_grad ? a.q : a.w;
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
-  // Where a filter's width is a good part of the image's, most outputs are edges: a padded copy has none.
-  bool narrow = src_w < 4 * a.s * a.dilation_w || dst_w < 8;
-  b.stage = narrow || needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
-  b.channel_block = b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
-  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
-
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+
+  // The source pixels under the filters of a strip should stay in the first-level cache from row to row. It has 8 ways or
+  // more; pixels whose addresses agree modulo 4096 share them.
+  int64_t filter_rows = input_grad ? ceil_div(a.r, a.stride_h) : a.r;
+  auto source_columns = [&](int64_t pixel_bytes, int64_t block_bytes) {
+    int64_t lines = 8 * (4096 / std::gcd<int64_t>(pixel_bytes, 4096));
+    return std::min(lines, kDepthwiseStripBytes / std::max<int64_t>(64, block_bytes)) / filter_rows;
+  };
+  auto strip_of = [&](int64_t columns) { return input_grad ? columns - ceil_div(reach_w, a.stride_w) : (columns - reach_w - 1) / a.stride_w + 1; };
+  int64_t needed = std::min<int64_t>(8, dst_w);
+  b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
+  // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
+  bool in_order = !b.stage && a.c * element % 2048 == 0;
+  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
+  int64_t block_bytes = b.channel_block * element;
+  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
+  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
+
   if (input_grad) {
     b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));
     b.staged_last = std::max(a.q, (a.w - 1 + a.pad_left) / a.stride_w + 1);
@@ -166,29 +187,27 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
   };
   // The weight gradient works on rows of y whatever the direction.
-  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * b.channel_block * element);
+  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * block_bytes);
   int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
   b.rows_per_task = rows;
-  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * b.channel_block * element > kDepthwiseBytes)
+  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
   b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + b.rows_per_task * row_bytes, 64) * 64 : 0;
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 
-  b.weights = ws.take((a.r * a.s + 1) * a.c * element);
-  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * a.c * element : 0);
+  int64_t padded_channels = ceil_div(a.c, lanes) * lanes;
+  b.weights = ws.take((a.r * a.s + 1) * padded_channels * element);
+  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * padded_channels * element : 0);
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
-// Whether the problem is of Winograd's kind, and large enough in all directions to win by it.
-bool can_use_winograd(const ConvProblem& a) {
+bool is_winograd_problem(const ConvProblem& a) {
   return a.dtype == DType::f32 && a.groups == 1 && a.r == 3 && a.s == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
          a.dilation_w == 1;
 }
-
-int64_t env(const char* n, int64_t d) { const char* v = std::getenv(n); return v ? std::atoll(v) : d; }
 
 WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   WinogradPlan b{};
@@ -201,48 +220,77 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
   b.groups = ceil_div(b.tiles, rows);
 
-  constexpr int64_t kBlock = 36 * (kWinogradWidth * kWinogradWidth + 16) * 4;  // filters, sums of the weight gradient
-  int64_t group = 36 * rows * kWinogradWidth * 4;
+  int64_t filter_block = 36 * kWinogradPanel * 4, group = 36 * rows * kWinogradWidth * 4;
+  // A row of tiles of the source, or of the output, as channels-last pixels.
   bool nchw = a.layout == Layout::nchw;
-  int64_t src_strip = nchw ? 6 * std::min(b.src_w, b.tiles_w * 4 + 2) * kWinogradWidth * 4 : 0;
-  int64_t dst_strip = nchw ? 4 * b.dst_w * kWinogradWidth * 4 : 0, strip = std::max(src_strip, dst_strip);
+  int64_t strip = !nchw ? 0 : std::max(6 * std::min(b.src_w, 4 * b.tiles_w + 2), 4 * b.dst_w) * kWinogradWidth * 4;
   if (pass == Pass::weight_grad) {
-    b.tiles_at_once = env("W_T", 32);
-    b.splits = std::clamp<int64_t>(env("W_S", 16) / (b.depth_blocks * b.column_blocks), 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
-    int64_t local = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip;
-    b.sums = ws.take(b.splits > 1 ? b.splits * b.depth_blocks * b.column_blocks * kBlock : 0);
-    b.scratch_bytes = ceil_div(local + (b.splits == 1 ? kBlock : 0), 64) * 64;
+    b.tiles_at_once = kWinogradTiles;
+    // Enough tasks for a fair number of threads, but never a number that depends on them.
+    int64_t blocks = b.depth_blocks * b.column_blocks;
+    b.splits = std::clamp<int64_t>(16 / blocks, 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
+    b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
+    b.scratch_bytes = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
   } else {
-    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c * 4 % 64 == 0 && a.n * b.dst_h * b.dst_w * b.dst_c * 4 > env("W_NT", 2 << 20);
-    int64_t filters = b.depth_blocks * b.column_blocks * kBlock;
-    b.shared_filters = filters <= env("W_SHARED", 12 << 20);
+    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
+    b.shared_filters = filters <= kSharedFilterBytes;
     if (b.shared_filters) {
-      int64_t groups_at_once = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0)) / ((b.depth_blocks + 1) * group));
+      // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
+      int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
+      int64_t groups_at_once = std::max<int64_t>(1, room / ((b.depth_blocks + 1) * group));
+      b.groups_per_chunk = b.groups;
       b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
       b.filters = ws.take(filters);
       b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
     } else {
-      b.tile_blocks = ceil_div(b.groups, env("W_GA", 14));
-      b.source = ws.take(b.groups * b.depth_blocks * group);
-      b.scratch_bytes = kBlock + ceil_div(b.groups, b.tile_blocks) * group + strip;
+      // Sums of a block of tiles and a block of filters stay there; a third or so of the cache is left to what passes by.
+      int64_t groups_at_once = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
+      b.groups_per_chunk = std::clamp<int64_t>(kWinogradSourceBytes / (b.depth_blocks * group), groups_at_once, std::max(groups_at_once, b.groups));
+      b.groups_per_chunk = std::min(b.groups_per_chunk, b.groups);
+      b.tile_blocks = ceil_div(b.groups_per_chunk, groups_at_once);
+      b.source = ws.take(b.groups_per_chunk * b.depth_blocks * group);
+      b.scratch_bytes = filter_block + ceil_div(b.groups_per_chunk, b.tile_blocks) * group + strip;
     }
-    b.scratch_bytes = ceil_div(b.scratch_bytes, 64) * 64;
   }
+  b.scratch_bytes = ceil_div(b.scratch_bytes, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
+// Whether the transforms cost less than the multiplications that they save. In vector multiply-adds; the costs of a
+// transform of one tile or filter, a vector wide, and of a call are measured (AVX-512, operands beyond the caches).
+bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
+  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kCall = 4e5, kDirectRate = 0.9, kRate = 0.85;
+  int64_t lanes = f.vector_bytes / 4;
+  double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
+  double pixels = double(a.n * b.dst_h * b.dst_w), depth = double(b.src_c);
+  double repeats = pass == Pass::weight_grad ? double(b.column_blocks) : 1, back = pass == Pass::weight_grad ? double(b.depth_blocks) : 1;
+  double filters = b.shared_filters || pass == Pass::weight_grad ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  double products = tiles * 36 * depth * dst / kRate;
+  double transforms = tiles * (src * kSource * repeats + dst * kOutput * back) + filters * depth * dst * kFilter;
+  return products + transforms + kCall < pixels * 9 * depth * dst / kDirectRate;
+}
+
 }  // namespace
 
-ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
+
+ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, bool winograd) {
   ConvPlan plan{};
   Workspace ws;
+  if (winograd && is_winograd_problem(a)) {
+    plan.winograd = plan_winograd(a, pass, f, ws);
+    if (winograd_wins(a, pass, plan.winograd, f)) {
+      plan.kernel = ConvKernel::winograd;
+      plan.workspace_bytes = ws.bytes;
+      return plan;
+    }
+    ws = {};
+  }
   if (a.is_depthwise() && a.c > 1) {
     plan.kernel = ConvKernel::depthwise;
     plan.depthwise = plan_depthwise(a, pass, f, ws);
-  } else if (can_use_winograd(a) && env("CONVKIT_WINOGRAD", 1)) {
-    plan.kernel = ConvKernel::winograd;
-    plan.winograd = plan_winograd(a, pass, f, ws);
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
@@ -280,9 +328,11 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::depthwise: {
       const DepthwisePlan& b = plan.depthwise;
-      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, strips of " +
+             num(b.strip);
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
+      if (b.stream) out += ", streamed";
       break;
     }
     case ConvKernel::winograd: {

@@ -11,6 +11,7 @@ namespace convkit {
 struct CpuFacts {
   const char* isa;
   int64_t vector_bytes;
+  int64_t l2_bytes;  // of a core
   int threads;
   // Register tiles: how many rows go with 1, 2, 3, 4 vectors of columns (0: that width is not compiled).
   int rows_for_vectors[5];
@@ -60,9 +61,11 @@ struct OuterPlan {
 
 // Depthwise, all three passes: a vector of channels at a time.
 struct DepthwisePlan {
-  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, narrow images)
+  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, conflicts in the cache)
+  bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;
+  int64_t strip;            // outputs of a row (of a phase, in the input gradient) a task takes before it goes on to the next row
   int64_t splits;           // weight gradient: partial sums, added in order
   int64_t staged_first, staged_last;  // columns of a staged source, zeros beyond the image's own
   int64_t staged_elements;  // of a task's staged source; the outputs (or gradients) follow
@@ -72,6 +75,8 @@ struct DepthwisePlan {
 
 // Channels, and filters, of a block of what Winograd's transforms write.
 constexpr int kWinogradWidth = 64;
+// Floats of a square of them. One line more, so that the same row of all 36 does not fall into the same few sets of a cache.
+constexpr int64_t kWinogradPanel = kWinogradWidth * kWinogradWidth + 16;
 
 // 3x3 filters, stride 1: Winograd's F(4x4, 3x3), all three passes.
 struct WinogradPlan {
@@ -83,7 +88,8 @@ struct WinogradPlan {
   int64_t depth_blocks, column_blocks;  // of src_c, dst_c
   int64_t groups;               // of tiles: rows of a register tile
   bool shared_filters;          // transformed once for all; otherwise by each task, and the source once for all
-  int64_t tile_blocks;          // groups of tiles go to tasks in so many parts
+  int64_t groups_per_chunk;     // tiles whose transformed source lies in memory at once
+  int64_t tile_blocks;          // groups of a chunk go to tasks in so many parts
   bool streaming;               // the output is larger than the caches
   int64_t tiles_at_once;        // weight gradient: tiles between two looks at the sums
   int64_t splits;               // weight gradient: partial sums over parts of the tiles, added in order
@@ -100,7 +106,11 @@ struct ConvPlan {
   int64_t workspace_bytes;
 };
 
-ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&);
+// Whether to write a tensor of so many bytes past the caches: where it does not stay in them anyway.
+bool streams(int64_t bytes, const CpuFacts&);
+
+// `winograd`: whether Winograd's method may be taken, where it is faster. Its rounding errors are larger.
+ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&, bool winograd);
 
 // One line for people: `fprop n8c64… -> rows avx512 7x64, …`.
 std::string describe(const ConvProblem&, Pass, const CpuFacts&, const ConvPlan&);

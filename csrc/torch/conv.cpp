@@ -97,8 +97,7 @@ void print_plan_once(const ConvProblem& a, Pass pass, const cpu::Pool& threads, 
   if (!wanted) return;
   static std::mutex lock;
   static std::set<std::string> printed;
-  CpuFacts facts = cpu::kernels().facts;
-  facts.threads = threads.threads;
+  CpuFacts facts = cpu::cpu_facts(threads.threads);
   std::string line = describe(a, pass, facts, plan);
   std::lock_guard<std::mutex> hold(lock);
   if (printed.insert(line).second) std::cerr << "convkit: " << line << std::endl;
@@ -107,9 +106,7 @@ void print_plan_once(const ConvProblem& a, Pass pass, const cpu::Pool& threads, 
 void run(cpu::ConvArgs args, Pass pass, const Tensor& like) {
   cpu::Pool threads = pool();
   const cpu::Kernels& table = cpu::kernels();
-  CpuFacts facts = table.facts;
-  facts.threads = threads.threads;
-  args.plan = plan_conv(args.problem, pass, facts);
+  args.plan = plan_conv(args.problem, pass, cpu::cpu_facts(threads.threads), winograd_allowed());
   print_plan_once(args.problem, pass, threads, args.plan);
   Tensor ws = workspace(args.plan.workspace_bytes, like);
   args.workspace = ws.mutable_data_ptr();

@@ -22,8 +22,7 @@ using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
 constexpr int kWidth = kWinogradWidth;
-// One line more than a panel, so that the same row of all 36 does not fall into the same few sets of a cache.
-constexpr int64_t kPanel = kWidth * kWidth + 16;
+constexpr int64_t kPanel = kWinogradPanel;
 
 // c[m][v] (+)= sum over d of a(m, d) * b[d][v] for MR rows and NV vectors of columns: 7 x 4 accumulators of AVX-512's 32
 // registers (4 loads and 7 broadcasts for 28 multiply-adds), 6 x 2 with 16 registers. Rows are kWidth apart; a is
@@ -324,25 +323,29 @@ struct Winograd {
       });
       return;
     }
-    // Source of all tiles [depth block][group]; then tasks of one column block and a block of tiles, which transform
-    // their own filters: these are larger than the source and would be read from memory as often.
-    parallel(pool, plan.groups * plan.depth_blocks, [&](int64_t begin, int64_t end, int thread) {
-      for (int64_t i = begin; i < end; ++i)
-        transform_source(src, {i % plan.groups, i % plan.groups + 1}, i / plan.groups, source + i * kGroupBlock, scratch(thread));
-    });
-    parallel(pool, plan.column_blocks * plan.tile_blocks, [&](int64_t begin, int64_t end, int thread) {
-      float *local = scratch(thread), *sums = local + block;
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t column_block = i / plan.tile_blocks;
-        Range groups = part(plan.groups, plan.tile_blocks, i % plan.tile_blocks);
-        for (int64_t d = 0; d < plan.depth_blocks; ++d) {
-          Range depth = block_of(plan.src_c, d);
-          transform_filters(column_block, d, {0, depth.end - depth.begin}, local);
-          multiply(source + (d * plan.groups + groups.begin) * kGroupBlock, local, sums, groups, column_block, d);
+    // Source of a chunk of tiles [depth block][group]; then tasks of one block of columns and one of tiles, which
+    // transform their own filters: these are larger than the source and would be read from memory as often.
+    for (int64_t first = 0; first < plan.groups; first += plan.groups_per_chunk) {
+      int64_t count = min_of(plan.groups_per_chunk, plan.groups - first);
+      parallel(pool, count * plan.depth_blocks, [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t i = begin; i < end; ++i)
+          transform_source(src, {first + i % count, first + i % count + 1}, i / count, source + i * kGroupBlock, scratch(thread));
+      });
+      int64_t tile_blocks = min_of(plan.tile_blocks, count);
+      parallel(pool, plan.column_blocks * tile_blocks, [&](int64_t begin, int64_t end, int thread) {
+        float *local = scratch(thread), *sums = local + block;
+        for (int64_t i = begin; i < end; ++i) {
+          int64_t column_block = i / tile_blocks;
+          Range groups = part(count, tile_blocks, i % tile_blocks);
+          for (int64_t d = 0; d < plan.depth_blocks; ++d) {
+            Range depth = block_of(plan.src_c, d);
+            transform_filters(column_block, d, {0, depth.end - depth.begin}, local);
+            multiply(source + (d * count + groups.begin) * kGroupBlock, local, sums, {first + groups.begin, first + groups.end}, column_block, d);
+          }
+          transform_output(sums, {first + groups.begin, first + groups.end}, column_block, sums + (groups.end - groups.begin) * kGroupBlock);
         }
-        transform_output(sums, groups, column_block, sums + (groups.end - groups.begin) * kGroupBlock);
-      }
-    });
+      });
+    }
   }
 
   // ---- weight gradient -----------------------------------------------------------------------------------------------
