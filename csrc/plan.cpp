@@ -276,12 +276,12 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
 
 bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
 
-ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, bool winograd) {
+ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd winograd) {
   ConvPlan plan{};
   Workspace ws;
-  if (winograd && is_winograd_problem(a)) {
+  if (winograd != Winograd::never && is_winograd_problem(a)) {
     plan.winograd = plan_winograd(a, pass, f, ws);
-    if (winograd_wins(a, pass, plan.winograd, f)) {
+    if (winograd == Winograd::possible || winograd_wins(a, pass, plan.winograd, f)) {
       plan.kernel = ConvKernel::winograd;
       plan.workspace_bytes = ws.bytes;
       return plan;

@@ -109,8 +109,10 @@ struct ConvPlan {
 // Whether to write a tensor of so many bytes past the caches: where it does not stay in them anyway.
 bool streams(int64_t bytes, const CpuFacts&);
 
-// `winograd`: whether Winograd's method may be taken, where it is faster. Its rounding errors are larger.
-ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&, bool winograd);
+// Winograd's method has larger rounding errors. `possible`, wherever it is defined, is for tests.
+enum class Winograd : int { never, faster, possible };
+
+ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&, Winograd);
 
 // One line for people: `fprop n8c64… -> rows avx512 7x64, …`.
 std::string describe(const ConvProblem&, Pass, const CpuFacts&, const ConvPlan&);

@@ -67,17 +67,17 @@ inline cpu::Pool pool() {
           }};
 }
 
-// Whether Winograd's method may be used: CONVKIT_WINOGRAD at first, then what set_winograd() says. One switch for the
-// process, as PyTorch's torch.backends are: a backward pass runs in threads of its own and must see what the caller chose.
-inline std::atomic<bool>& winograd_allowed() {
-  static std::atomic<bool> allowed = [] {
+// When Winograd's method is used: CONVKIT_WINOGRAD at first, then what set_winograd() says. One switch for the process,
+// as PyTorch's torch.backends are: a backward pass runs in threads of its own and must see what the caller chose.
+inline std::atomic<Winograd>& winograd_switch() {
+  static std::atomic<Winograd> chosen = [] {
     const char* value = std::getenv("CONVKIT_WINOGRAD");
     std::string_view text = value == nullptr || *value == '\0' ? "1" : value;
     if (text != "0" && text != "1")
       throw std::runtime_error("CONVKIT_WINOGRAD: got '" + std::string(text) + "'; accepts 0 (never) and 1 (where it is faster, as if it were not set)");
-    return text == "1";
+    return text == "1" ? Winograd::faster : Winograd::never;
   }();
-  return allowed;
+  return chosen;
 }
 
 // Kernels allocate nothing: they are given their workspace, from torch's allocator.

@@ -93,7 +93,7 @@ struct Pixels {
   int64_t top, left;
 };
 
-struct Winograd {
+struct Tiles {
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
@@ -102,7 +102,7 @@ struct Winograd {
 
   bool streaming = plan.streaming && streamable(a.dst);
 
-  Winograd(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
+  Tiles(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
   float* at(const Piece& piece) const { return reinterpret_cast<float*>(ws + piece.offset); }
   float* scratch(int thread) const { return reinterpret_cast<float*>(ws + plan.scratch.offset + thread * plan.scratch_bytes); }
@@ -437,7 +437,7 @@ struct Winograd {
 }  // namespace
 
 void winograd(const ConvArgs& a, Pass pass, const Pool& pool) {
-  Winograd run(a, pool);
+  Tiles run(a, pool);
   if (pass == Pass::weight_grad) run.weight_grad();
   else run.forward();
 }
