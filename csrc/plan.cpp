@@ -225,6 +225,7 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   bool nchw = a.layout == Layout::nchw;
   int64_t strip = !nchw ? 0 : std::max(6 * std::min(b.src_w, 4 * b.tiles_w + 2), 4 * b.dst_w) * kWinogradWidth * 4;
   if (pass == Pass::weight_grad) {
+    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * 9 * 4, f);
     b.tiles_at_once = kWinogradTiles;
     // Enough tasks for a fair number of threads, but never a number that depends on them.
     int64_t blocks = b.depth_blocks * b.column_blocks;

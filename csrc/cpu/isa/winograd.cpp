@@ -22,6 +22,7 @@ using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
 constexpr int kWidth = kWinogradWidth;
+constexpr int kTaps = kFilter * kFilter;
 constexpr int64_t kPanel = kWinogradPanel;
 
 // c[m][v] (+)= sum over d of a(m, d) * b[d][v] for MR rows and NV vectors of columns: 7 x 4 accumulators of AVX-512's 32
@@ -170,7 +171,6 @@ struct Tiles {
     // The filters are columns going forward and depth going back.
     int64_t column_stride = plan.input_grad ? st.c : st.k, depth_stride = plan.input_grad ? st.k : st.c;
     Range columns = block_of(plan.dst_c, column_block), depth = block_of(plan.src_c, depth_block);
-    constexpr int kTaps = kFilter * kFilter;
     constexpr int64_t kDepthPiece = 16;
     float taps[kDepthPiece][kTaps][L];  // what neighbouring columns have of one depth and tap
     bool run_of_taps = st.s == 1 && st.r == kFilter;
@@ -376,6 +376,11 @@ struct Tiles {
     }
   }
 
+  void write(S* to, const float* from, int64_t n) const {
+    if (!streaming || !streamable(to) || n % L != 0) return copy_values(from, to, n);
+    for (int64_t i = 0; i < n; i += L) stream(to + i, load(from + i));
+  }
+
   // The sums of all splits in order, for a row of filters -> taps.
   void write_weight(const float* sums, int64_t splits, int64_t split_step, int64_t filter, Range channels, int64_t row) const {
     WPROF(5);
@@ -384,7 +389,7 @@ struct Tiles {
     for (int64_t first = channels.begin; first < channels.end; first += L) {
       int lanes = int(min_of<int64_t>(L, channels.end - first));
       const float* from = sums + row * kWidth + (first - channels.begin);
-      float taps[kFilter * kFilter][L];
+      float taps[kTaps][L];
       transform_tile<WeightGradTransform>(
           [&](int i, int j) {
             const float* sum = from + (i * kTileIn + j) * kPanel;
@@ -393,14 +398,16 @@ struct Tiles {
             return total;
           },
           [&](int i, int j, V value) { store(taps[i * kFilter + j], value); });
+      S* to = weight + first * st.c;
       if (st.c == 1) {
-        CONVKIT_UNROLL for (int t = 0; t < kFilter * kFilter; ++t)
-          copy_values(taps[t], weight + first + t / kFilter * st.r + t % kFilter * st.s, lanes);
-      } else if (st.s == 1 && st.r == kFilter) {
-        transpose_block(taps[0], L, weight + first * st.c, st.c, kFilter * kFilter, lanes);
+        CONVKIT_UNROLL for (int t = 0; t < kTaps; ++t) write(to + t / kFilter * st.r + t % kFilter * st.s, taps[t], lanes);
+      } else if (st.s == 1 && st.r == kFilter && st.c == kTaps) {
+        float line[L * kTaps];
+        transpose_block(taps[0], L, line, kTaps, kTaps, lanes);
+        write(to, line, lanes * kTaps);
       } else {
-        for (int t = 0; t < kFilter * kFilter; ++t)
-          for (int j = 0; j < lanes; ++j) weight[(first + j) * st.c + t / kFilter * st.r + t % kFilter * st.s] = taps[t][j];
+        for (int t = 0; t < kTaps; ++t)
+          for (int j = 0; j < lanes; ++j) to[j * st.c + t / kFilter * st.r + t % kFilter * st.s] = taps[t][j];
       }
     }
   }
@@ -421,6 +428,7 @@ struct Tiles {
         if (plan.splits == 1)
           for (int64_t k = filters.begin; k < filters.end; ++k) write_weight(sums, 1, 0, k, channels, k - filters.begin);
       }
+      if (streaming) fence();
     });
     if (plan.splits == 1) return;
     parallel(pool, blocks * kWidth, [&](int64_t begin, int64_t end, int) {
@@ -430,6 +438,7 @@ struct Tiles {
         if (filters.begin + row < filters.end)
           write_weight(kept + which * plan.splits * block, plan.splits, block, filters.begin + row, channels_of(which), row);
       }
+      if (streaming) fence();
     });
   }
 };
