@@ -14,10 +14,6 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 namespace {
 
-#ifndef WPROF
-#define WPROF(k)
-#endif
-
 using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
@@ -165,7 +161,6 @@ struct Tiles {
   // Transformed filters of one block of columns and one block of depth, rows [depth.begin, depth.end) of it:
   // to[position][depth][column].
   void transform_filters(int64_t column_block, int64_t depth_block, Range rows, float* to) const {
-    WPROF(1);
     const S* weight = static_cast<const S*>(a.weight);
     const WeightStrides& st = a.weight_strides;
     // The filters are columns going forward and depth going back.
@@ -216,7 +211,6 @@ struct Tiles {
 
   // Groups of `groups`, one block of depth -> to[group][position][tile][channel].
   void transform_source(const Pixels& src, Range groups, int64_t depth_block, float* to, float* strip) const {
-    WPROF(0);
     Range depth = block_of(plan.src_c, depth_block);
     transform_pixels<SourceTransform>(
         src, {group(groups.begin).begin, group(groups.end - 1).end}, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
@@ -227,7 +221,6 @@ struct Tiles {
 
   // One block of depth of the 36 products: sums[group][position][tile][column] (+)= source * filters.
   void multiply(const float* source, const float* filters, float* sums, Range groups, int64_t column_block, int64_t depth_block) const {
-    WPROF(2);
     Range columns = block_of(plan.dst_c, column_block), depth = block_of(plan.src_c, depth_block);
     int64_t count = groups.end - groups.begin, deep = depth.end - depth.begin;
     // Meanwhile what comes next is fetched: of the next position's filters where they come from afar, else of the source.
@@ -243,7 +236,6 @@ struct Tiles {
   }
 
   void transform_output(const float* sums, Range groups, int64_t column_block, float* strip) const {
-    WPROF(3);
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w;
     const float* bias = a.bias == nullptr ? nullptr : static_cast<const S*>(a.bias) + columns.begin;
@@ -359,13 +351,9 @@ struct Tiles {
     for (int64_t i = 0; i < pieces; ++i) {
       Range now = part(tiles.end - tiles.begin, pieces, i);
       now = {tiles.begin + now.begin, tiles.begin + now.end};
-      { WPROF(0);
       transform_pixels<SourceTransform>(x, now, channels.begin, wide, strip, step, [&](int64_t t) { return source + (t - now.begin) * kWidth; });
-      } { WPROF(4);
       transform_pixels<GradTransform>(grad, now, filters.begin, filters.end - filters.begin, strip, step,
                                       [&](int64_t t) { return gradient + (t - now.begin) * kWidth; });
-      }
-      WPROF(2);
       for (int64_t position = 0; position < kPositions; ++position)
         for (int64_t tile = 0; tile < row_tiles; ++tile) {
           Range rows = part(filters.end - filters.begin, row_tiles, tile);
@@ -383,7 +371,6 @@ struct Tiles {
 
   // The sums of all splits in order, for a row of filters -> taps.
   void write_weight(const float* sums, int64_t splits, int64_t split_step, int64_t filter, Range channels, int64_t row) const {
-    WPROF(5);
     S* weight = static_cast<S*>(a.dst) + filter * a.weight_strides.k;
     const WeightStrides& st = a.weight_strides;
     for (int64_t first = channels.begin; first < channels.end; first += L) {
