@@ -33,7 +33,7 @@ constexpr int64_t kTableBytes = 32 << 10;
 constexpr int64_t kFewChannels = 16;
 // Winograd: tiles between two looks at the sums of a weight gradient.
 constexpr int64_t kWinogradTiles = 32;
-// Transformed filters beyond this are transformed again for every block of tiles rather than read again.
+// Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
 constexpr int64_t kSharedFilterBytes = 12 << 20;
 // Then the transformed source of so many tiles lies in the workspace.
 constexpr int64_t kWinogradSourceBytes = 24 << 20;
@@ -235,7 +235,9 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   } else {
     b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
     int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
-    b.shared_filters = filters <= kSharedFilterBytes;
+    // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
+    int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
+    b.shared_filters = filters <= f.l2_bytes / 3 || (filters <= kSharedFilterBytes && b.groups > 2 * groups_beside_filters);
     if (b.shared_filters) {
       // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
       int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
@@ -245,11 +247,8 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
       b.filters = ws.take(filters);
       b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
     } else {
-      // Sums of a block of tiles and a block of filters stay there; a third or so of the cache is left to what passes by.
-      int64_t groups_at_once = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
-      b.groups_per_chunk = std::clamp<int64_t>(kWinogradSourceBytes / (b.depth_blocks * group), groups_at_once, std::max(groups_at_once, b.groups));
-      b.groups_per_chunk = std::min(b.groups_per_chunk, b.groups);
-      b.tile_blocks = ceil_div(b.groups_per_chunk, groups_at_once);
+      b.groups_per_chunk = std::min(b.groups, std::max(groups_beside_filters, kWinogradSourceBytes / (b.depth_blocks * group)));
+      b.tile_blocks = ceil_div(b.groups_per_chunk, groups_beside_filters);
       b.source = ws.take(b.groups_per_chunk * b.depth_blocks * group);
       b.scratch_bytes = filter_block + ceil_div(b.groups_per_chunk, b.tile_blocks) * group + strip;
     }
@@ -259,18 +258,20 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   return b;
 }
 
-// Whether the transforms cost less than the multiplications that they save. In vector multiply-adds; the costs of a
-// transform of one tile or filter, a vector wide, and of a call are measured (AVX-512, operands beyond the caches).
+// Whether the transforms cost less than the multiplications that they save. In vector multiply-adds; what a transform of
+// one tile or filter costs a vector, and a call, is measured (AVX-512, operands beyond the caches), and so is the packing
+// of the direct kernel's filters, which costs about as much as their transform.
 bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
-  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kCall = 4e5, kDirectRate = 0.9, kRate = 0.85;
+  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kWeightGrad = 250, kRate = 0.85;
   int64_t lanes = f.vector_bytes / 4;
   double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
-  double pixels = double(a.n * b.dst_h * b.dst_w), depth = double(b.src_c);
-  double repeats = pass == Pass::weight_grad ? double(b.column_blocks) : 1, back = pass == Pass::weight_grad ? double(b.depth_blocks) : 1;
-  double filters = b.shared_filters || pass == Pass::weight_grad ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
-  double products = tiles * 36 * depth * dst / kRate;
-  double transforms = tiles * (src * kSource * repeats + dst * kOutput * back) + filters * depth * dst * kFilter;
-  return products + transforms + kCall < pixels * 9 * depth * dst / kDirectRate;
+  double filters = double(b.src_c) * dst, direct = double(a.n * b.dst_h * b.dst_w) * 9 * filters, products = tiles * 36 * filters / kRate;
+  if (pass == Pass::weight_grad) {
+    double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
+    return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
+  }
+  double repeats = b.shared_filters ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * repeats + 4e5 < direct / 0.9 + filters * kFilter;
 }
 
 }  // namespace
