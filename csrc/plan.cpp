@@ -29,6 +29,8 @@ constexpr int64_t kDepthwiseBytes = 512 << 10;
 constexpr int64_t kDepthwiseStripBytes = 24 << 10;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
+// The planes of a task of the few-channel kernel.
+constexpr int64_t kPlanesBytes = 512 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
 // Winograd: tiles between two looks at the sums of a weight gradient.
@@ -109,6 +111,44 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.dst = ws.take(b.images_per_chunk * dst_bytes);
   b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20 + a.s * 8, 64) * 64;
   b.tables = ws.take(f.threads * b.table_bytes);
+  return b;
+}
+
+// Vectors of pixels pay where a vector of channels would be mostly empty and rows are long enough to fill some.
+bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+  bool input_grad = pass == Pass::input_grad;
+  int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
+  int64_t channels = (input_grad ? a.c : a.k) / a.groups, width = input_grad ? (a.w + a.stride_w - 1) / a.stride_w : a.q;
+  int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64);
+}
+
+PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  PlanesPlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.input_grad = pass == Pass::input_grad;
+  int64_t src_h = b.input_grad ? a.p : a.h, src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
+  int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q, dst_c = (b.input_grad ? a.c : a.k) / a.groups;
+  int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+  int64_t phases = b.input_grad ? std::min(a.stride_w, dst_w) : 1, sorted = b.input_grad ? 1 : a.stride_w;
+  b.outputs = ceil_div(ceil_div(dst_w, phases), lanes) * lanes;
+  // The leftmost source column that a tap of output 0 asks for, and the rightmost of the last output of a whole vector.
+  int64_t leftmost = b.input_grad ? -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w) : -a.pad_left;
+  int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
+  b.left = std::max<int64_t>(0, -leftmost);
+  b.columns = ceil_div(ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted) + lanes, lanes) * lanes;
+  b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
+  auto source_rows = [&](int64_t rows) {
+    return std::min(src_h, b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
+  };
+  b.rows_per_task = dst_h;
+  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * src_c * element > kPlanesBytes ||
+                                 a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
+    b.rows_per_task = ceil_div(b.rows_per_task, 2);
+  b.rows = std::max<int64_t>(1, source_rows(b.rows_per_task));
+  b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
+  b.scratch_bytes = ceil_div((src_c * b.rows * sorted * b.columns + lanes * 8 + dst_c * phases * b.outputs) * element + a.r * a.s * 12, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
@@ -265,8 +305,11 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
   constexpr double kSource = 600, kOutput = 450, kFilter = 600, kWeightGrad = 250, kRate = 0.85;
   int64_t lanes = f.vector_bytes / 4;
   double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
-  double filters = double(b.src_c) * dst, direct = double(a.n * b.dst_h * b.dst_w) * 9 * filters, products = tiles * 36 * filters / kRate;
+  double filters = double(b.src_c) * dst, products = tiles * 36 * filters / kRate;
+  // The direct kernels for few channels fill their vectors.
+  double direct = double(a.n * b.dst_h * b.dst_w) * 9 * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
   if (pass == Pass::weight_grad) {
+    if (can_merge_taps(a)) return false;
     double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
     return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
   }
@@ -296,6 +339,9 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
+  } else if (use_planes(a, pass, f)) {
+    plan.kernel = ConvKernel::planes;
+    plan.planes = plan_planes(a, pass, f, ws);
   } else {
     plan.kernel = ConvKernel::rows;
     plan.rows = plan_rows(a, pass, f, ws);
@@ -316,6 +362,11 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
              num(b.images_per_chunk) + " images a chunk";
       if (b.stage_src || b.stage_dst)
         out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.stage_dst ? " output" : "");
+      break;
+    }
+    case ConvKernel::planes: {
+      const PlanesPlan& b = plan.planes;
+      out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns);
       break;
     }
     case ConvKernel::outer: {

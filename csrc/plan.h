@@ -17,7 +17,10 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, outer, depthwise, winograd };
+enum class ConvKernel { rows, planes, outer, depthwise, winograd };
+
+// Output channels of a group up to which pixels, not channels, are the lanes of a vector.
+constexpr int kPlanesChannels = 8;
 
 // A piece of the workspace, in bytes from its start. Pieces are cache-line aligned.
 struct Piece {
@@ -41,6 +44,18 @@ struct RowsPlan {
   int64_t tiles_per_block;  // row tiles whose pointer table a task makes at once
   Piece panels, zeros, src, dst, tables;
   int64_t table_bytes;      // of one thread
+};
+
+// Forward and input gradient with few output channels a group: through a copy in planes, vectors of pixels.
+struct PlanesPlan {
+  bool input_grad;
+  int64_t rows_per_task;    // of the output
+  int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
+  int64_t columns;          // of a staged row, for each remainder of the column modulo the forward stride
+  int64_t outputs;          // of a row, for each phase of the input gradient: whole vectors
+  int64_t chain;            // products summed before they are added to a total
+  Piece weights, scratch;
+  int64_t scratch_bytes;    // of one thread
 };
 
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
@@ -100,6 +115,7 @@ struct WinogradPlan {
 struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
+  PlanesPlan planes;
   OuterPlan outer;
   DepthwisePlan depthwise;
   WinogradPlan winograd;

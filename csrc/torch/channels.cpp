@@ -79,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   args.weight = data(w), args.bias = data(b), args.mean = data(m), args.var = data(v);
   args.eps = eps;
   args.training = training;
+  args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
   args.y = data(out);
   args.mask = save_mask && r.defined() ? static_cast<uint8_t*>(data(mask)) : nullptr;
   Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
@@ -114,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
     args.weight = data(w), args.bias = data(b), args.mean = data(m), args.var = data(v);
     args.eps = eps;
     args.training = training;
+    args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
     args.mask = mask.has_value() ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
     args.grad_x = output_mask[0] ? data(grad_input) : nullptr;
     args.grad_residual = output_mask[1] ? data(grad_residual) : nullptr;

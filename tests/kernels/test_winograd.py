@@ -189,18 +189,12 @@ def test_never_for_other_dtypes(everywhere, which: str):
 
 
 @pytest.mark.parametrize(
-    "text", ("n1c64h4w4k64r3s3p1", "n64c3h32w32k3r3s3p1", "n8c4h32w32k4r3s3p1", "n2c17h9w9k33r3s3p1")
+    "text", ("n1c64h4w4k64r3s3p1", "n64c3h32w32k64r3s3p1", "n8c4h32w32k4r3s3p1", "n2c17h9w9k33r3s3p1")
 )
 def test_not_where_it_is_slower(text: str):
     """Few channels: the transforms cost more than they save. Few pixels: the filters' transforms do."""
     for which in PASSES:
         assert "winograd" not in _C.plan(str(parse(text)), which)
-
-
-def test_few_channels_on_the_way_in_or_out():
-    """A gradient of three channels fills no vector of the direct kernel, a forward pass from three fills all."""
-    taken = ["winograd" in _C.plan(str(parse("n64c3h32w32k64r3s3p1")), which) for which in PASSES]
-    assert not taken[0] and not taken[2]
 
 
 def test_the_same_choice_for_any_number_of_threads():

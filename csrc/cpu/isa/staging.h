@@ -125,4 +125,26 @@ CONVKIT_INLINE Range inside(int64_t count, int64_t stride, int64_t offset, int64
   return {begin, max_of(begin, min_of(end, count))};
 }
 
+// Which taps reach an output at `position`, as a sequence with ascending source positions: tap `first + i * step`
+// stands on source `source + i * source_step`. Forward: all taps. Input gradient: those whose phase fits.
+struct Taps {
+  int64_t first, step, count, source, source_step;
+};
+
+inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
+
+inline Taps taps_at(int64_t position, int64_t filter, int64_t stride, int64_t pad, int64_t dilation, bool input_grad) {
+  if (!input_grad) return {0, 1, filter, position * stride - pad, dilation};
+  if (stride == 1) return {filter - 1, -1, filter, position + pad - (filter - 1) * dilation, dilation};
+  // (position + pad - tap * dilation) must be a multiple of the stride: every `step`-th tap is one, or none is.
+  int64_t step = stride / gcd(stride, dilation);
+  for (int64_t tap = 0; tap < min_of(step, filter); ++tap) {
+    int64_t at = position + pad - tap * dilation;
+    if (at % stride != 0) continue;
+    int64_t count = ceil_div(filter - tap, step), source_step = step * dilation / stride;
+    return {tap + (count - 1) * step, -step, count, at / stride - (count - 1) * source_step, source_step};
+  }
+  return {0, 1, 0, 0, 1};
+}
+
 }  // namespace convkit::cpu::CONVKIT_ISA

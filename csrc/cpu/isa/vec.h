@@ -48,8 +48,8 @@ template <> struct VecOf<double> {
 template <class T> using vec = typename VecOf<T>::type;
 template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T> CONVKIT_INLINE T min_of(T a, T b) { return b < a ? b : a; }
-template <class T> CONVKIT_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+template <class T> CONVKIT_INLINE constexpr T min_of(T a, T b) { return b < a ? b : a; }
+template <class T> CONVKIT_INLINE constexpr T max_of(T a, T b) { return a < b ? b : a; }
 CONVKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x - 0 keeps every value, -0 and NaN included, so that the compiler turns this into a plain broadcast.
