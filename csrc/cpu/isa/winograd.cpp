@@ -23,9 +23,10 @@ constexpr int64_t kPanel = kWinogradPanel;
 
 // c[m][v] (+)= sum over d of a(m, d) * b[d][v] for MR rows and NV vectors of columns: 7 x 4 accumulators of AVX-512's 32
 // registers (4 loads and 7 broadcasts for 28 multiply-adds), 6 x 2 with 16 registers. Rows are kWidth apart; a is
-// [m][d], or [d][m] when Transposed. `next` is fetched meanwhile, a line a step: the operand of a later call.
+// [m][d], or [d][m] when Transposed. What a later call reads, from `next` on, is fetched meanwhile, next_step floats a step.
 template <int MR, int NV, bool Transposed>
-__attribute__((noinline)) void product(const float* a, const float* b, float* c, int64_t depth, bool accumulate, const float* next, int64_t next_step) {
+__attribute__((noinline)) void product(const float* a, const float* b, float* c, int64_t depth, bool accumulate,
+                                        const float* next, int64_t next_step) {
   V acc[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = V{};
@@ -68,7 +69,9 @@ CONVKIT_INLINE void product_columns(int64_t rows, const float* a, const float* b
   int64_t left = ceil_div(columns, L);
   while (left > 0) {
     int64_t take = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
-    ProductFn f = take == 1 ? product_of<Transposed, 1>(rows) : take == 2 ? product_of<Transposed, 2>(rows) : product_of<Transposed, kProductVectors>(rows);
+    ProductFn f = take == 1   ? product_of<Transposed, 1>(rows)
+                  : take == 2 ? product_of<Transposed, 2>(rows)
+                              : product_of<Transposed, kProductVectors>(rows);
     f(a, b, c, depth, accumulate, next, next_step);
     b += take * L, c += take * L, left -= take;
   }
@@ -96,7 +99,6 @@ struct Tiles {
   const ConvProblem& p = a.problem;
   const WinogradPlan& plan = a.plan.winograd;
   char* ws = static_cast<char*>(a.workspace);
-
   bool streaming = plan.streaming && streamable(a.dst);
 
   Tiles(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}

@@ -20,7 +20,8 @@ constexpr float kA2 = kA * kA, kB2 = kB * kB, kA3 = kA2 * kA, kB3 = kB2 * kB;
 // Reciprocals of the products of differences between a point and the others.
 constexpr float kG0 = 1 / (kA2 * kB2), kGa = 1 / (2 * kA2 * (kA2 - kB2)), kGb = 1 / (2 * kB2 * (kB2 - kA2));
 
-// One row or column, in place of a product with B', G, A' and their transposes. `in` and `out` are n values `step` apart.
+// One row or column: what the matrices B', G, A' and their transposes do to it, with sums and differences of the points ±a
+// and ±b shared. From `in` values to `out` values.
 struct SourceTransform {  // B': 6 -> 6
   static constexpr int in = kTileIn, out = kTileIn;
   template <class V> CONVKIT_INLINE static void apply(const V* d, V* v) {
