@@ -35,6 +35,12 @@ constexpr int64_t kTableBytes = 32 << 10;
 constexpr int64_t kPlanesBytes = 512 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
+// Winograd: tiles between two looks at the sums of a weight gradient.
+constexpr int64_t kWinogradTiles = 32;
+// Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
+constexpr int64_t kSharedFilterBytes = 12 << 20;
+// Then the transformed source of so many tiles lies in the workspace.
+constexpr int64_t kWinogradSourceBytes = 24 << 20;
 
 // Contiguous and channels-last are the same memory where there is one channel or one pixel.
 bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
@@ -252,11 +258,93 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   return b;
 }
 
+bool is_winograd_problem(const ConvProblem& a) {
+  return a.dtype == DType::f32 && a.groups == 1 && a.r == 3 && a.s == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+         a.dilation_w == 1;
+}
+
+WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  WinogradPlan b{};
+  b.input_grad = pass == Pass::input_grad;
+  b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
+  b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
+  b.pad_top = b.input_grad ? 2 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4), b.tiles = a.n * b.tiles_h * b.tiles_w;
+  b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
+  int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
+  b.groups = ceil_div(b.tiles, rows);
+
+  int64_t filter_block = 36 * kWinogradPanel * 4, group = 36 * rows * kWinogradWidth * 4;
+  // A row of tiles of the source, or of the output, as channels-last pixels.
+  bool nchw = a.layout == Layout::nchw;
+  int64_t strip = !nchw ? 0 : std::max(6 * std::min(b.src_w, 4 * b.tiles_w + 2), 4 * b.dst_w) * kWinogradWidth * 4;
+  if (pass == Pass::weight_grad) {
+    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * 9 * 4, f);
+    b.tiles_at_once = kWinogradTiles;
+    // Enough tasks for a fair number of threads, but never a number that depends on them.
+    int64_t blocks = b.depth_blocks * b.column_blocks;
+    b.splits = std::clamp<int64_t>(16 / blocks, 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
+    b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
+    b.scratch_bytes = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
+  } else {
+    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
+    // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
+    int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
+    b.shared_filters = filters <= f.l2_bytes / 3 || (filters <= kSharedFilterBytes && b.groups > 2 * groups_beside_filters);
+    if (b.shared_filters) {
+      // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
+      int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
+      int64_t groups_at_once = std::max<int64_t>(1, room / ((b.depth_blocks + 1) * group));
+      b.groups_per_chunk = b.groups;
+      b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
+      b.filters = ws.take(filters);
+      b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
+    } else {
+      b.groups_per_chunk = std::min(b.groups, std::max(groups_beside_filters, kWinogradSourceBytes / (b.depth_blocks * group)));
+      b.tile_blocks = ceil_div(b.groups_per_chunk, groups_beside_filters);
+      b.source = ws.take(b.groups_per_chunk * b.depth_blocks * group);
+      b.scratch_bytes = filter_block + ceil_div(b.groups_per_chunk, b.tile_blocks) * group + strip;
+    }
+  }
+  b.scratch_bytes = ceil_div(b.scratch_bytes, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+// Whether the transforms cost less than the multiplications that they save. In vector multiply-adds; what a transform of
+// one tile or filter costs a vector, and a call, is measured (AVX-512, operands beyond the caches), and so is the packing
+// of the direct kernel's filters, which costs about as much as their transform.
+bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
+  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kWeightGrad = 250, kRate = 0.85;
+  int64_t lanes = f.vector_bytes / 4;
+  double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
+  double filters = double(b.src_c) * dst, products = tiles * 36 * filters / kRate;
+  // The direct kernels for few channels fill their vectors.
+  double direct = double(a.n * b.dst_h * b.dst_w) * 9 * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
+  if (pass == Pass::weight_grad) {
+    if (can_merge_taps(a)) return false;
+    double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
+    return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
+  }
+  double repeats = b.shared_filters ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * repeats + 4e5 < direct / 0.9 + filters * kFilter;
+}
+
 }  // namespace
 
-ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd winograd) {
   ConvPlan plan{};
   Workspace ws;
+  if (winograd != Winograd::never && is_winograd_problem(a)) {
+    plan.winograd = plan_winograd(a, pass, f, ws);
+    if (winograd == Winograd::possible || winograd_wins(a, pass, plan.winograd, f)) {
+      plan.kernel = ConvKernel::winograd;
+      plan.workspace_bytes = ws.bytes;
+      return plan;
+    }
+    ws = {};
+  }
   if (a.is_depthwise() && a.c > 1) {
     plan.kernel = ConvKernel::depthwise;
     plan.depthwise = plan_depthwise(a, pass, f, ws);
@@ -309,6 +397,13 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
       if (b.stream) out += ", streamed";
+      break;
+    }
+    case ConvKernel::winograd: {
+      const WinogradPlan& b = plan.winograd;
+      out += "winograd_" + std::string(f.isa) + "_4x4, " + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
+      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
+      else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.shared_filters ? "" : ", filters transformed by block");
       break;
     }
   }

@@ -17,7 +17,7 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, planes, outer, depthwise };
+enum class ConvKernel { rows, planes, outer, depthwise, winograd };
 
 // Output channels of a group up to which pixels, not channels, are the lanes of a vector.
 constexpr int kPlanesChannels = 8;
@@ -91,19 +91,47 @@ struct DepthwisePlan {
   int64_t scratch_bytes;    // of one thread
 };
 
+// Channels, and filters, of a block of what Winograd's transforms write.
+constexpr int kWinogradWidth = 64;
+// Floats of a square of them. One line more, so that the same row of all 36 does not fall into the same few sets of a cache.
+constexpr int64_t kWinogradPanel = kWinogradWidth * kWinogradWidth + 16;
+
+// 3x3 filters, stride 1: Winograd's F(4x4, 3x3), all three passes.
+struct WinogradPlan {
+  bool input_grad;
+  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6: the input, or y's gradient when input_grad
+  int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
+  int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used
+  int64_t tiles_h, tiles_w, tiles;
+  int64_t depth_blocks, column_blocks;  // of src_c, dst_c
+  int64_t groups;               // of tiles: rows of a register tile
+  bool shared_filters;          // transformed once for all; otherwise by each task, and the source once for all
+  int64_t groups_per_chunk;     // tiles whose transformed source lies in memory at once
+  int64_t tile_blocks;          // groups of a chunk go to tasks in so many parts
+  bool streaming;               // the output is larger than the caches
+  int64_t tiles_at_once;        // weight gradient: tiles between two looks at the sums
+  int64_t splits;               // weight gradient: partial sums over parts of the tiles, added in order
+  Piece filters, source, sums, scratch;
+  int64_t scratch_bytes;        // of one thread
+};
+
 struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
   PlanesPlan planes;
   OuterPlan outer;
   DepthwisePlan depthwise;
+  WinogradPlan winograd;
   int64_t workspace_bytes;
 };
 
 // Whether to write a tensor of so many bytes past the caches: where it does not stay in them anyway.
 bool streams(int64_t bytes, const CpuFacts&);
 
-ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&);
+// Winograd's method has larger rounding errors. `possible`, wherever it is defined, is for tests.
+enum class Winograd : int { never, faster, possible };
+
+ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&, Winograd);
 
 // One line for people: `fprop n8c64… -> rows avx512 7x64, …`.
 std::string describe(const ConvProblem&, Pass, const CpuFacts&, const ConvPlan&);

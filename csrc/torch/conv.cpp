@@ -106,7 +106,7 @@ void print_plan_once(const ConvProblem& a, Pass pass, const cpu::Pool& threads, 
 void run(cpu::ConvArgs args, Pass pass, const Tensor& like) {
   cpu::Pool threads = pool();
   const cpu::Kernels& table = cpu::kernels();
-  args.plan = plan_conv(args.problem, pass, cpu::cpu_facts(threads.threads));
+  args.plan = plan_conv(args.problem, pass, cpu::cpu_facts(threads.threads), winograd_switch());
   print_plan_once(args.problem, pass, threads, args.plan);
   Tensor ws = workspace(args.plan.workspace_bytes, like);
   args.workspace = ws.mutable_data_ptr();
