@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+from convkit.bench import BenchError
 from convkit.lab import LabError, require
 
 try:
@@ -66,6 +67,112 @@ def models() -> None:
     Console().print(table)
 
 
+def bench(
+    suite: Annotated[
+        str | None,
+        typer.Option(help="dense, depthwise, batch-norm, nets or all, or several with commas. Default: all."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if convkit has kernels for it.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="f32, bf16, f16, f64, tf32 (GPU), or several with commas. Default: f32, on a GPU bf16."),
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="convkit's: nchw, nhwc, or both (default).")] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            help="fprop, dgrad, wgrad; forward, backward, evaluation (batch norm); training, inference (nets); "
+            "several with commas. Default: all."
+        ),
+    ] = None,
+    filter: Annotated[str, typer.Option(help="Names of layers, with * and ?: 'r50_3x3*'.")] = "*",
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(help="A problem of your own, as n8c64h56w56k64r3s3p1; can be given again.", show_default=False),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A network of your own: module:function@NxCxHxW (without @…: 8x3x224x224); can be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="torch, native (depthwise without oneDNN or cuDNN), compile (torch.compile: seconds a row), im2col, "
+            "all, or several with commas. Default: torch, on a GPU with native."
+        ),
+    ] = None,
+    json: Annotated[
+        str | None,
+        typer.Option(help="File for every sample, written after each row. The same command goes on where it stopped."),
+    ] = None,
+    report: Annotated[str | None, typer.Option(help="Folder for a page with plots and tables.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A --json file of before, to show old/new for each row.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few layers of each suite, a few calls each.")] = False,
+    in_cache: Annotated[bool, typer.Option("--in-cache", help="Every call on the same memory.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Measure convkit against PyTorch, layer by layer and as whole networks."""
+    from convkit.bench.run import run_bench
+
+    run_bench(
+        suite=suite,
+        device=device,
+        dtype=dtype,
+        layout=layout,
+        passes=passes,
+        filter=filter,
+        problems=problem or (),
+        models=model or (),
+        peer_names=peers,
+        json=json,
+        report=report,
+        compare=compare,
+        quick=quick,
+        in_cache=in_cache,
+        threads=threads,
+    )
+
+
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FACTORY", help="A function that returns the network; or the network itself."),
+    ],
+    input: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SIZES",
+            help="Its input, random numbers, as 8x3x224x224; again for a second one.",
+            show_default=False,
+        ),
+    ],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of parameters and input: f64, f32, bf16 or f16.")] = "f32",
+    layout: Annotated[str, typer.Option(help="Of parameters and input: nchw, or nhwc (channels_last).")] = "nchw",
+    evaluation: Annotated[bool, typer.Option("--eval", help="In evaluation mode: forward alone.")] = False,
+    json: Annotated[str | None, typer.Option(help="File for all that was found.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Say layer by layer what a network's time goes into, with convkit and with PyTorch."""
+    from convkit.explain_command import run_explain
+
+    run_explain(
+        model,
+        input,
+        device=device,
+        dtype=dtype,
+        layout=layout,
+        evaluation=evaluation,
+        json_file=json,
+        threads=threads,
+    )
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -74,7 +181,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, info, models):
+    for function in (demo, bench, explain, info, models):
         command.command()(function)
     return command
 
@@ -87,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         require("typer", "rich")
         status = typer.main.get_command(app())(args=arguments, prog_name="convkit", standalone_mode=False)
-    except LabError as error:
+    except (LabError, BenchError) as error:
         _exit(str(error), error.exit_code)
     except KeyboardInterrupt:
         _exit("interrupted", 130)

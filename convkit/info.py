@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import numpy
@@ -30,6 +32,23 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout that convkit was imported from, None if it is no checkout; with a + if files that make
+    the package differ from it."""
+    root = Path(convkit.__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # not a repository that merely surrounds it
+            package = "convkit", "csrc", "CMakeLists.txt", "setup.py"
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", *package)
+            return git("rev-parse", "HEAD") + ("+" if changed else "")
+    return None
 
 
 def facts() -> dict[str, dict[str, object]]:

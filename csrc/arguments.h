@@ -51,6 +51,7 @@ struct BatchNormArgs {
   void *mean, *var;                   // biased; written in training, read in evaluation and in the gradient
   double eps;
   bool training;
+  bool stream;                        // CPU: write y, grad_x, grad_residual past the caches
   void* y;
   uint8_t* mask;                      // one bit an element in memory order, or null
   // gradient

@@ -1,8 +1,11 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace convkit {
+
+bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
 
 namespace {
 
@@ -23,11 +26,21 @@ constexpr int64_t kStagedBytes = 4 << 20;
 // Output and input gradient blocks of the weight gradient: half of a 2 MiB second-level cache.
 constexpr int64_t kOuterBlockBytes = 1 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
-constexpr int64_t kDepthwiseBytes = 256 << 10;
+constexpr int64_t kDepthwiseBytes = 512 << 10;
+// What a strip of a depthwise task may take of the first-level cache.
+constexpr int64_t kDepthwiseStripBytes = 24 << 10;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
+// The planes of a task of the few-channel kernel.
+constexpr int64_t kPlanesBytes = 512 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
+// Winograd: tiles between two looks at the sums of a weight gradient.
+constexpr int64_t kWinogradTiles = 32;
+// Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
+constexpr int64_t kSharedFilterBytes = 12 << 20;
+// Then the transformed source of so many tiles lies in the workspace.
+constexpr int64_t kWinogradSourceBytes = 24 << 20;
 
 // Contiguous and channels-last are the same memory where there is one channel or one pixel.
 bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
@@ -103,12 +116,54 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   return b;
 }
 
+// Vectors of pixels pay where a vector of channels would be mostly empty and rows are long enough to fill some.
+bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+  bool input_grad = pass == Pass::input_grad;
+  int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
+  int64_t channels = (input_grad ? a.c : a.k) / a.groups, width = input_grad ? (a.w + a.stride_w - 1) / a.stride_w : a.q;
+  int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
+  int64_t height = (input_grad ? a.p : a.h) + 2 * (a.r - 1) * a.dilation_h;
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64) &&
+         height < 16 * (a.h + 64);
+}
+
+PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  PlanesPlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.input_grad = pass == Pass::input_grad;
+  int64_t src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
+  int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q, dst_c = (b.input_grad ? a.c : a.k) / a.groups;
+  int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+  int64_t phases = b.input_grad ? std::min(a.stride_w, dst_w) : 1, sorted = b.input_grad ? 1 : a.stride_w;
+  b.outputs = ceil_div(ceil_div(dst_w, phases), lanes) * lanes;
+  // The leftmost source column that a tap of output 0 asks for, and the rightmost of the last output of a whole vector.
+  int64_t leftmost = b.input_grad ? -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w) : -a.pad_left;
+  int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
+  b.left = std::max<int64_t>(0, -leftmost);
+  b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
+  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * element, f);
+  b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
+  auto source_rows = [&](int64_t rows) {
+    return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
+  };
+  b.bundle = std::clamp<int64_t>(lanes / std::min(src_c, dst_c), 1, a.groups);
+  b.rows_per_task = dst_h;
+  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * b.bundle * src_c * element > kPlanesBytes ||
+                                 a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
+    b.rows_per_task = ceil_div(b.rows_per_task, 2);
+  b.rows = source_rows(b.rows_per_task);
+  b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
+  int64_t elements = b.bundle * (src_c * b.rows * sorted * b.columns + dst_c * b.rows_per_task * phases * b.outputs);
+  b.scratch_bytes = ceil_div(elements * element + a.r * a.s * 12, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
 OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   OuterPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.merge_taps = can_merge_taps(a);
-  b.stage_x = b.merge_taps || needs_staging(a.dtype, a.layout, a.c, a.h * a.w);
-  b.stage_grad = needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
+  b.stage_grad = !b.merge_taps || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : a.h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
@@ -126,15 +181,23 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   int64_t tiles = a.groups * b.row_tiles * b.taps * b.column_tiles;
   b.splits = std::clamp<int64_t>(ceil_div(32, tiles), 1, std::min<int64_t>(a.p, 8));
 
-  int64_t x_bytes = b.staged_h * b.staged_w * a.c * element, grad_bytes = a.p * a.q * a.k * element;
+  int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
+  int64_t grad_values = b.merge_taps ? a.k : a.groups * b.row_tiles * b.rows;
+  int64_t x_bytes = b.staged_h * b.staged_w * x_values * element, grad_bytes = a.p * a.q * grad_values * element;
   b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
   int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
   b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
 
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
   b.sums = ws.take(b.splits * b.sums_of_split * element);
-  b.x = ws.take(b.stage_x ? b.images_per_chunk * x_bytes : 0);
-  b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  int64_t x_rows = std::min(b.staged_h, (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1);
+  if (b.merge_taps) {
+    b.x = ws.take(b.images_per_chunk * x_bytes);
+    b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  } else {
+    b.x = ws.take(b.images_per_chunk * x_rows * b.staged_w * x_values * element);
+    b.grad = ws.take(b.images_per_chunk * b.rows_per_block * a.q * grad_values * element);
+  }
   return b;
 }
 
@@ -144,13 +207,26 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   bool input_grad = pass == Pass::input_grad;
   int64_t src_h = input_grad ? a.p : a.h, src_w = input_grad ? a.q : a.w;
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
-  // Where a filter's width is a good part of the image's, most outputs are edges: a padded copy has none.
-  bool narrow = src_w < 4 * a.s * a.dilation_w || dst_w < 8;
-  b.stage = narrow || needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
-  b.channel_block = b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
-  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
-
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
+
+  // The source pixels under the filters of a strip should stay in the first-level cache from row to row. It has 8 ways or
+  // more; pixels whose addresses agree modulo 4096 share them.
+  int64_t filter_rows = input_grad ? ceil_div(a.r, a.stride_h) : a.r;
+  auto source_columns = [&](int64_t pixel_bytes, int64_t block_bytes) {
+    int64_t lines = 8 * (4096 / std::gcd<int64_t>(pixel_bytes, 4096));
+    return std::min(lines, kDepthwiseStripBytes / std::max<int64_t>(64, block_bytes)) / filter_rows;
+  };
+  auto strip_of = [&](int64_t columns) { return input_grad ? columns - ceil_div(reach_w, a.stride_w) : (columns - reach_w - 1) / a.stride_w + 1; };
+  int64_t needed = std::min<int64_t>(8, dst_w);
+  b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
+  // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
+  bool in_order = !b.stage && a.c * element % 2048 == 0;
+  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
+  int64_t block_bytes = b.channel_block * element;
+  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
+  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
+
   if (input_grad) {
     b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));
     b.staged_last = std::max(a.q, (a.w - 1 + a.pad_left) / a.stride_w + 1);
@@ -165,33 +241,119 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
   };
   // The weight gradient works on rows of y whatever the direction.
-  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * b.channel_block * element);
+  int64_t row_bytes = std::max<int64_t>(1, (pass == Pass::weight_grad ? a.q : dst_w) * block_bytes);
   int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
   b.rows_per_task = rows;
-  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * b.channel_block * element > kDepthwiseBytes)
+  while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
   b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + b.rows_per_task * row_bytes, 64) * 64 : 0;
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 
-  b.weights = ws.take((a.r * a.s + 1) * a.c * element);
-  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * a.c * element : 0);
+  int64_t padded_channels = ceil_div(a.c, lanes) * lanes;
+  b.weights = ws.take((a.r * a.s + 1) * padded_channels * element);
+  b.partial = ws.take(pass == Pass::weight_grad ? b.splits * a.r * a.s * padded_channels * element : 0);
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
+bool is_winograd_problem(const ConvProblem& a) {
+  return a.dtype == DType::f32 && a.groups == 1 && a.r == 3 && a.s == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+         a.dilation_w == 1;
+}
+
+WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  WinogradPlan b{};
+  b.input_grad = pass == Pass::input_grad;
+  b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
+  b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
+  b.pad_top = b.input_grad ? 2 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4), b.tiles = a.n * b.tiles_h * b.tiles_w;
+  b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
+  int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
+  b.groups = ceil_div(b.tiles, rows);
+
+  int64_t filter_block = 36 * kWinogradPanel * 4, group = 36 * rows * kWinogradWidth * 4;
+  // A row of tiles of the source, or of the output, as channels-last pixels.
+  bool nchw = a.layout == Layout::nchw;
+  int64_t strip = !nchw ? 0 : std::max(6 * std::min(b.src_w, 4 * b.tiles_w + 2), 4 * b.dst_w) * kWinogradWidth * 4;
+  if (pass == Pass::weight_grad) {
+    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * 9 * 4, f);
+    b.tiles_at_once = kWinogradTiles;
+    // Enough tasks for a fair number of threads, but never a number that depends on them.
+    int64_t blocks = b.depth_blocks * b.column_blocks;
+    b.splits = std::clamp<int64_t>(16 / blocks, 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
+    b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
+    b.scratch_bytes = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
+  } else {
+    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
+    // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
+    int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
+    b.shared_filters = filters <= f.l2_bytes / 3 || (filters <= kSharedFilterBytes && b.groups > 2 * groups_beside_filters);
+    if (b.shared_filters) {
+      // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
+      int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
+      int64_t groups_at_once = std::max<int64_t>(1, room / ((b.depth_blocks + 1) * group));
+      b.groups_per_chunk = b.groups;
+      b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
+      b.filters = ws.take(filters);
+      b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
+    } else {
+      b.groups_per_chunk = std::min(b.groups, std::max(groups_beside_filters, kWinogradSourceBytes / (b.depth_blocks * group)));
+      b.tile_blocks = ceil_div(b.groups_per_chunk, groups_beside_filters);
+      b.source = ws.take(b.groups_per_chunk * b.depth_blocks * group);
+      b.scratch_bytes = filter_block + ceil_div(b.groups_per_chunk, b.tile_blocks) * group + strip;
+    }
+  }
+  b.scratch_bytes = ceil_div(b.scratch_bytes, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+// Whether the transforms cost less than the multiplications that they save. In vector multiply-adds; what a transform of
+// one tile or filter costs a vector, and a call, is measured (AVX-512, operands beyond the caches), and so is the packing
+// of the direct kernel's filters, which costs about as much as their transform.
+bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
+  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kWeightGrad = 250, kRate = 0.85;
+  int64_t lanes = f.vector_bytes / 4;
+  double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
+  double filters = double(b.src_c) * dst, products = tiles * 36 * filters / kRate;
+  // The direct kernels for few channels fill their vectors.
+  double direct = double(a.n * b.dst_h * b.dst_w) * 9 * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
+  if (pass == Pass::weight_grad) {
+    if (can_merge_taps(a)) return false;
+    double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
+    return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
+  }
+  double repeats = b.shared_filters ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * repeats + 4e5 < direct / 0.9 + filters * kFilter;
+}
+
 }  // namespace
 
-ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd winograd) {
   ConvPlan plan{};
   Workspace ws;
+  if (winograd != Winograd::never && is_winograd_problem(a)) {
+    plan.winograd = plan_winograd(a, pass, f, ws);
+    if (winograd == Winograd::possible || winograd_wins(a, pass, plan.winograd, f)) {
+      plan.kernel = ConvKernel::winograd;
+      plan.workspace_bytes = ws.bytes;
+      return plan;
+    }
+    ws = {};
+  }
   if (a.is_depthwise() && a.c > 1) {
     plan.kernel = ConvKernel::depthwise;
     plan.depthwise = plan_depthwise(a, pass, f, ws);
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
+  } else if (use_planes(a, pass, f)) {
+    plan.kernel = ConvKernel::planes;
+    plan.planes = plan_planes(a, pass, f, ws);
   } else {
     plan.kernel = ConvKernel::rows;
     plan.rows = plan_rows(a, pass, f, ws);
@@ -214,21 +376,34 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
         out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.stage_dst ? " output" : "");
       break;
     }
+    case ConvKernel::planes: {
+      const PlanesPlan& b = plan.planes;
+      out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns);
+      break;
+    }
     case ConvKernel::outer: {
       const OuterPlan& b = plan.outer;
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
              num(b.rows_per_block) + " rows a block";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
-      if (b.stage_x || b.stage_grad)
-        out += std::string(", staged") + (b.stage_x ? " input" : "") + (b.stage_grad ? " gradient" : "");
+      out += b.stage_grad ? ", staged input and gradient" : ", staged input";
       break;
     }
     case ConvKernel::depthwise: {
       const DepthwisePlan& b = plan.depthwise;
-      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, strips of " +
+             num(b.strip);
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
+      if (b.stream) out += ", streamed";
+      break;
+    }
+    case ConvKernel::winograd: {
+      const WinogradPlan& b = plan.winograd;
+      out += "winograd_" + std::string(f.isa) + "_4x4, " + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
+      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
+      else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.shared_filters ? "" : ", filters transformed by block");
       break;
     }
   }

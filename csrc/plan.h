@@ -11,12 +11,16 @@ namespace convkit {
 struct CpuFacts {
   const char* isa;
   int64_t vector_bytes;
+  int64_t l2_bytes;  // of a core
   int threads;
   // Register tiles: how many rows go with 1, 2, 3, 4 vectors of columns (0: that width is not compiled).
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, outer, depthwise };
+enum class ConvKernel { rows, planes, outer, depthwise, winograd };
+
+// Output channels of a group up to which pixels, not channels, are the lanes of a vector.
+constexpr int kPlanesChannels = 8;
 
 // A piece of the workspace, in bytes from its start. Pieces are cache-line aligned.
 struct Piece {
@@ -42,10 +46,25 @@ struct RowsPlan {
   int64_t table_bytes;      // of one thread
 };
 
+// Forward and input gradient with few output channels a group: through a copy in planes, vectors of pixels.
+struct PlanesPlan {
+  bool input_grad;
+  int64_t rows_per_task;    // of the output
+  int64_t bundle;           // groups copied together, so that a copy has a vector of channels to work with
+  int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
+  int64_t columns;          // of a staged row, for each remainder of the column modulo the forward stride
+  int64_t outputs;          // of a row, for each phase of the input gradient: whole vectors
+  bool stream;              // write past the caches
+  int64_t chain;            // products summed before they are added to a total
+  Piece weights, scratch;
+  int64_t scratch_bytes;    // of one thread
+};
+
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
-  bool merge_taps, stage_x, stage_grad;
+  bool merge_taps;          // x is copied as padded images; else x and the gradient as panels, a block at a time
+  bool stage_grad;
   int64_t staged_h, staged_w;
   int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
   int64_t row_values, column_values, columns_padded;  // of a group
@@ -60,9 +79,11 @@ struct OuterPlan {
 
 // Depthwise, all three passes: a vector of channels at a time.
 struct DepthwisePlan {
-  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, narrow images)
+  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, conflicts in the cache)
+  bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;
+  int64_t strip;            // outputs of a row (of a phase, in the input gradient) a task takes before it goes on to the next row
   int64_t splits;           // weight gradient: partial sums, added in order
   int64_t staged_first, staged_last;  // columns of a staged source, zeros beyond the image's own
   int64_t staged_elements;  // of a task's staged source; the outputs (or gradients) follow
@@ -70,15 +91,47 @@ struct DepthwisePlan {
   int64_t scratch_bytes;    // of one thread
 };
 
+// Channels, and filters, of a block of what Winograd's transforms write.
+constexpr int kWinogradWidth = 64;
+// Floats of a square of them. One line more, so that the same row of all 36 does not fall into the same few sets of a cache.
+constexpr int64_t kWinogradPanel = kWinogradWidth * kWinogradWidth + 16;
+
+// 3x3 filters, stride 1: Winograd's F(4x4, 3x3), all three passes.
+struct WinogradPlan {
+  bool input_grad;
+  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6: the input, or y's gradient when input_grad
+  int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
+  int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used
+  int64_t tiles_h, tiles_w, tiles;
+  int64_t depth_blocks, column_blocks;  // of src_c, dst_c
+  int64_t groups;               // of tiles: rows of a register tile
+  bool shared_filters;          // transformed once for all; otherwise by each task, and the source once for all
+  int64_t groups_per_chunk;     // tiles whose transformed source lies in memory at once
+  int64_t tile_blocks;          // groups of a chunk go to tasks in so many parts
+  bool streaming;               // the output is larger than the caches
+  int64_t tiles_at_once;        // weight gradient: tiles between two looks at the sums
+  int64_t splits;               // weight gradient: partial sums over parts of the tiles, added in order
+  Piece filters, source, sums, scratch;
+  int64_t scratch_bytes;        // of one thread
+};
+
 struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
+  PlanesPlan planes;
   OuterPlan outer;
   DepthwisePlan depthwise;
+  WinogradPlan winograd;
   int64_t workspace_bytes;
 };
 
-ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&);
+// Whether to write a tensor of so many bytes past the caches: where it does not stay in them anyway.
+bool streams(int64_t bytes, const CpuFacts&);
+
+// Winograd's method has larger rounding errors. `possible`, wherever it is defined, is for tests.
+enum class Winograd : int { never, faster, possible };
+
+ConvPlan plan_conv(const ConvProblem&, Pass, const CpuFacts&, Winograd);
 
 // One line for people: `fprop n8c64… -> rows avx512 7x64, …`.
 std::string describe(const ConvProblem&, Pass, const CpuFacts&, const ConvPlan&);

@@ -27,7 +27,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convkit
-from convkit.info import cpu_name
+from convkit.info import cpu_name, git_revision
 from convkit.lab import LabError, plots
 from convkit.lab.data import Data, Split, epoch_order
 from convkit.lab.models import count_parameters
@@ -402,7 +401,7 @@ def environment(backend: str, device: torch.device) -> dict[str, Any]:
     """What of the machine and the software can change a result: the contents of env.json."""
     env = {
         "convkit": convkit.__version__,
-        "git": _git_revision(),
+        "git": git_revision(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -415,20 +414,6 @@ def environment(backend: str, device: torch.device) -> dict[str, Any]:
 
         env["kernels"] = _C.isa()
     return env
-
-
-def _git_revision() -> str | None:
-    """Revision of the checkout that convkit was imported from, with a + if files differ; None if it is no checkout."""
-    root = Path(convkit.__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # not a repository that merely surrounds it
-            return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- display

@@ -1,4 +1,6 @@
 // Picks the instruction set once, at the first call.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -66,6 +68,20 @@ const Kernels& pick() {
 const Kernels& kernels() {
   static const Kernels& chosen = pick();
   return chosen;
+}
+
+CpuFacts cpu_facts(int threads) {
+  static const int64_t l2_bytes = [] {
+    long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return size > 0 ? int64_t(size) : int64_t(1) << 20;
+  }();
+  CpuFacts facts = kernels().facts;
+  facts.l2_bytes = l2_bytes;
+  facts.threads = threads;
+  return facts;
 }
 
 const char* compiled_isas() {

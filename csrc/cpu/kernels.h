@@ -15,7 +15,7 @@ struct ConvArgs : convkit::ConvArgs {
 };
 
 struct Kernels {
-  CpuFacts facts;  // threads is filled in by the caller
+  CpuFacts facts;  // of the instruction set; cpu_facts() adds what only the machine knows
   void (*conv)(const ConvArgs&, Pass, const Pool&);
   int64_t (*separable_workspace)(const SeparableArgs&, const Pool&);
   void (*separable)(const SeparableArgs&, const Pool&);
@@ -30,6 +30,9 @@ struct Kernels {
 // The table in force: the best this machine has, or the one that CONVKIT_ISA names. Throws std::runtime_error for a
 // name that is unknown, not compiled in or not supported by this processor.
 const Kernels& kernels();
+
+// What plans are made from: the table in force, this machine's caches, and the threads that the caller has.
+CpuFacts cpu_facts(int threads);
 
 // Instruction sets compiled in / usable on this machine, separated by spaces, best first.
 const char* compiled_isas();

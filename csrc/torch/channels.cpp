@@ -98,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   }
 #endif
 #if !defined(CONVKIT_EMULATION)
+  args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
   Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
   args.workspace = ws.mutable_data_ptr();
   cpu::kernels().batch_norm_relu(args, pool());
@@ -149,6 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
 #endif
 #if !defined(CONVKIT_EMULATION)
     if (!gpu::runs(input)) {
+      args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
       Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
       args.workspace = ws.mutable_data_ptr();
       cpu::kernels().batch_norm_relu_grad(args, pool());
@@ -240,7 +242,7 @@ ColumnsProblem columns_problem(const char* op, int64_t n, int64_t c, IntArrayRef
   return a;
 }
 
-void run_columns([[maybe_unused]] const char* op, const ColumnsArgs& args, const Tensor& input, bool to_columns) {
+void run_columns([[maybe_unused]] const char* op, const ColumnsArgs& args, [[maybe_unused]] const Tensor& input, bool to_columns) {
 #if defined(CONVKIT_GPU)
   if (gpu::runs(input)) {
     gpu::facts(op, input);

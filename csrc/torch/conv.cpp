@@ -123,9 +123,8 @@ void run_on_cpu(const ConvArgs& arguments, Pass pass, const Tensor& like) {
   cpu::ConvArgs args{arguments, {}};
   cpu::Pool threads = pool();
   const cpu::Kernels& table = cpu::kernels();
-  CpuFacts facts = table.facts;
-  facts.threads = threads.threads;
-  args.plan = plan_conv(args.problem, pass, facts);
+  CpuFacts facts = cpu::cpu_facts(threads.threads);
+  args.plan = plan_conv(args.problem, pass, facts, winograd_switch());
   if (printing_plans()) print_once(describe(args.problem, pass, facts, args.plan));
   Tensor ws = workspace(args.plan.workspace_bytes, like);
   args.workspace = ws.mutable_data_ptr();

@@ -106,9 +106,8 @@ std::string plan_cuda(const std::string& problem, const std::string& pass, int m
 std::string plan(const std::string& problem, const std::string& pass, int threads) {
   Pass p = parse_pass(pass);
   ConvProblem a = parse_conv_problem(problem);
-  CpuFacts facts = cpu::kernels().facts;
-  facts.threads = threads > 0 ? threads : at::get_num_threads();
-  return describe(a, p, facts, plan_conv(a, p, facts));
+  CpuFacts facts = cpu::cpu_facts(threads > 0 ? threads : at::get_num_threads());
+  return describe(a, p, facts, plan_conv(a, p, facts, winograd_switch()));
 }
 
 py::list words(const char* text) {
@@ -137,8 +136,12 @@ TORCH_LIBRARY_IMPL(convkit, AutocastCUDA, m) { convkit::Autocast<c10::kCUDA>::ru
 PYBIND11_MODULE(_C, m) {
   m.doc() = "convkit's native module: operators are registered as torch.ops.convkit when it is loaded.";
   convkit::cpu::kernels();  // an impossible CONVKIT_ISA is an error now, not at the first call
+  convkit::winograd_switch();  // and so is CONVKIT_WINOGRAD
   m.def("isa", [] { return std::string(convkit::cpu::kernels().facts.isa); }, "The instruction set in force.");
   m.def("available_isas", [] { return convkit::words(convkit::cpu::available_isas()); }, "Instruction sets usable on this machine, best first.");
+  m.def("winograd", [] { return int(convkit::winograd_switch().load()); }, "When Winograd's method is used: see set_winograd.");
+  m.def("set_winograd", [](int when) { return int(convkit::winograd_switch().exchange(convkit::Winograd(when))); }, py::arg("when"),
+        "0: never, 1: where it is faster, 2: wherever it is possible (for tests). Returns what held before.");
   m.def("plan", convkit::plan, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("threads") = 0,
         "The kernel, tile, blocks and workspace planned for a problem such as n8c64h56w56k64r3s3u1p1d1g1_f32_nhwc; pass_ is fprop, dgrad or wgrad.");
   m.def("plan_cuda", convkit::plan_cuda, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("major") = 9, py::arg("minor") = 0, py::arg("multiprocessors") = 132,

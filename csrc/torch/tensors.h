@@ -7,6 +7,12 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
 #include "../cpu/kernels.h"
 #include "../problem.h"
 #include "gpu.h"
@@ -66,6 +72,19 @@ inline cpu::Pool pool() {
   return {at::get_num_threads(), [](int64_t tasks, void (*body)(void*, int64_t, int64_t, int), void* arg) {
             at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(arg, begin, end, at::get_thread_num()); });
           }};
+}
+
+// When Winograd's method is used: CONVKIT_WINOGRAD at first, then what set_winograd() says. One switch for the process,
+// as PyTorch's torch.backends are: a backward pass runs in threads of its own and must see what the caller chose.
+inline std::atomic<Winograd>& winograd_switch() {
+  static std::atomic<Winograd> chosen = [] {
+    const char* value = std::getenv("CONVKIT_WINOGRAD");
+    std::string_view text = value == nullptr || *value == '\0' ? "1" : value;
+    if (text != "0" && text != "1")
+      throw std::runtime_error("CONVKIT_WINOGRAD: got '" + std::string(text) + "'; accepts 0 (never) and 1 (where it is faster, as if it were not set)");
+    return text == "1" ? Winograd::faster : Winograd::never;
+  }();
+  return chosen;
 }
 
 // Kernels allocate nothing: they are given their workspace, from torch's allocator.

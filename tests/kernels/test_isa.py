@@ -28,10 +28,9 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_numeric(isa: str):
-    tests = Path(__file__).with_name("test_numeric.py")
-    done = run(
-        isa, "-m", "pytest", str(tests), "-k", "not cuda", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"
-    )
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_numeric.py", "test_winograd.py")]
+    options = ("-k", "not cuda", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+    done = run(isa, "-m", "pytest", *tests, *options)
     assert done.returncode == 0, f"CONVKIT_ISA={isa}\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
 
 

@@ -13,10 +13,10 @@ namespace convkit::cpu::CONVKIT_ISA {
 namespace {
 
 constexpr int64_t kMaxPieces = 256;       // partial sums a channel
-constexpr int64_t kPieceElements = 4096;  // of a contiguous plane, summed at once in the arithmetic's type
-constexpr int64_t kChain = 16;            // terms summed in the arithmetic's type before they go to a sum in double
-constexpr int64_t kRows = 64;             // of a channels-last block: 64 rows x 4 vectors stay in the first-level cache
-constexpr int kGroup = 4;                 // vectors of channels whose sums are held in registers together
+constexpr int64_t kPieceRows = 256;       // at least, of channels-last pixels
+constexpr int64_t kPieceElements = 4096;  // at least, of a contiguous channel
+constexpr int kChain = 16;                // terms summed in the arithmetic's type before they go to a sum in double
+constexpr int kGroup = 4;                 // sums side by side, so that one addition need not wait for another
 
 // Contiguous memory is rows of `length` elements: planes of one channel, or pixels of all channels.
 struct Rows {
@@ -37,8 +37,8 @@ struct Pieces {
   explicit Pieces(const ChannelShape& s) {
     Rows r(s);
     int64_t all = r.channels_last ? r.count : s.n;
-    int64_t at_least = r.channels_last ? 4 * kRows : 1;
-    rows = max_of(at_least, ceil_div(all, r.channels_last ? kMaxPieces : min_of<int64_t>(16, s.n)));
+    rows = r.channels_last ? max_of(kPieceRows, ceil_div(all, kMaxPieces))
+                           : min_of(s.n, max_of(ceil_div(s.n, 16), ceil_div(kPieceElements, s.hw)));
     count = ceil_div(all, rows);
   }
 };
@@ -46,15 +46,18 @@ struct Pieces {
 template <class S> CONVKIT_INLINE vec<compute_t<S>> fetch(const S* p, int lanes) {
   return lanes == kLanes<compute_t<S>> ? load(p) : load_n(p, lanes);
 }
-template <class S> CONVKIT_INLINE void emit(S* p, vec<compute_t<S>> v, int lanes) {
-  if (lanes == kLanes<compute_t<S>>) store(p, v);
-  else store_n(p, v, lanes);
+template <class S> CONVKIT_INLINE void emit(S* p, vec<compute_t<S>> v, int lanes, bool streamed) {
+  if (lanes != kLanes<compute_t<S>>) return store_n(p, v, lanes);
+  if constexpr (sizeof(S) == sizeof(compute_t<S>))
+    if (streamed) return stream(p, v);
+  store(p, v);
 }
 
-template <class T> CONVKIT_INLINE double horizontal_sum(vec<T> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += double(v[i]);
-  return sum;
+// The first n lanes, zero in the others.
+template <class T> CONVKIT_INLINE vec<T> first_lanes(vec<T> v, int n) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  return load_n(lanes, n);
 }
 
 // The lanes of a vector, summed in double.
@@ -96,36 +99,43 @@ template <class T, int K> struct Channels {
   const T* of[K];
 };
 
-// Calls f(row, offset in row, lanes, per-channel values) for every vector of every row.
+// Calls f(row, offset in row, lanes, per-channel values) for every vector of every row; last row first, because the end
+// of what the pass before has read is what the caches still hold.
 template <class T, int K, class F>
 CONVKIT_INLINE void each_vector(const ChannelShape& s, const Channels<T, K>& channels, const Pool& pool, F&& f) {
   Rows rows(s);
   constexpr int L = kLanes<T>;
-  if (rows.channels_last) {
-    parallel(pool, rows.count, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t j = 0; j < rows.length; j += L) {
+  parallel(pool, rows.count, [&](int64_t begin, int64_t end, int) {
+    if (rows.channels_last) {
+      for (int64_t row = end; row-- > begin;) {
+        int64_t j = 0;
+        auto step = [&](int lanes) {
           vec<T> k[K];
           CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = load(channels.of[i] + j);
-          f(row, j, int(min_of<int64_t>(L, rows.length - j)), k);
-        }
-    });
-  } else {
-    parallel(pool, rows.count, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) {
+          f(row, j, lanes, k);
+        };
+        for (; j + L <= rows.length; j += L) step(L);
+        if (j < rows.length) step(int(rows.length - j));
+      }
+    } else {
+      int64_t c = (end - 1) % s.c;
+      for (int64_t row = end; row-- > begin; c = c == 0 ? s.c - 1 : c - 1) {
         vec<T> k[K];
-        CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = broadcast(channels.of[i][row % s.c]);
+        CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = broadcast(channels.of[i][c]);
         int64_t j = 0;
         for (; j + L <= rows.length; j += L) f(row, j, L, k);
         if (j < rows.length) f(row, j, int(rows.length - j), k);
       }
-    });
-  }
+    }
+    fence();
+  });
 }
 
-// N sums a channel of what `term(row, offset, lanes, per-channel values, out[N])` gives, into sums[N][c].
-template <class T, int K, int N, class Term>
-CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels, double* partial, double* sums, const Pool& pool, Term&& term) {
+// N sums a channel of what `term(row, offset, lanes, per-channel values, out[N])` gives, for each piece:
+// partial[piece][N][c]. `start(piece, first row, channel or 0)` is called before a piece, or a piece's channel, is read,
+// and gives the per-channel values.
+template <class T, int K, int N, class Start, class Term>
+CONVKIT_INLINE void reduce_pieces(const ChannelShape& s, double* partial, const Pool& pool, Start&& start, Term&& term) {
   Rows rows(s);
   Pieces pieces(s);
   constexpr int L = kLanes<T>;
@@ -133,86 +143,99 @@ CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels
     parallel(pool, pieces.count, [&](int64_t begin, int64_t end, int) {
       for (int64_t piece = begin; piece < end; ++piece) {
         int64_t first = piece * pieces.rows, last = min_of(rows.count, first + pieces.rows);
-        for (int64_t j = 0; j < s.c; j += L * kGroup) {
-          vec<T> k[kGroup][K];
-          int vectors = int(min_of<int64_t>(kGroup, ceil_div(s.c - j, L)));
-          for (int v = 0; v < vectors; ++v)
-            CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[v][i] = load(channels.of[i] + j + v * L);
-          DoubleSum<T> total[kGroup][N] = {};
-          auto lanes_of = [&](int v) { return int(min_of<int64_t>(L, s.c - j - v * L)); };
-          bool whole = vectors == kGroup && lanes_of(kGroup - 1) == L;
-          for (int64_t row = first; row < last;) {
-            int64_t end = min_of(last, row + kChain);
-            vec<T> sum[kGroup][N] = {};
-            if (whole) {
-              for (; row < end; ++row)
-                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                  vec<T> out[N];
-                  term(row, j + v * L, L, k[v], out);
-                  CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
-                }
-            } else {
-              for (; row < end; ++row)
-                for (int v = 0; v < vectors; ++v) {
-                  vec<T> out[N];
-                  term(row, j + v * L, lanes_of(v), k[v], out);
-                  CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[v][n] += out[n];
-                }
+        double* sums = partial + piece * N * s.c;
+        fill_zero(sums, N * s.c);
+        Channels<T, K> channels = start(piece, first, int64_t(0));
+        // Few rows at a time and all channels of them: memory is read in order.
+        for (int64_t row = first; row < last; row += kChain) {
+          int count = int(min_of<int64_t>(kChain, last - row));
+          auto step = [&](int64_t j, int lanes) {
+            vec<T> k[K], sum[N] = {};
+            CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = load(channels.of[i] + j);
+            auto add = [&](int i) {
+              vec<T> out[N];
+              term(row + i, j, lanes, k, out);
+              CONVKIT_UNROLL for (int n = 0; n < N; ++n) sum[n] += out[n];
+            };
+            if (count == kChain && lanes == L)
+              CONVKIT_UNROLL for (int i = 0; i < kChain; ++i) add(i);
+            else
+              for (int i = 0; i < count; ++i) add(i);
+            CONVKIT_UNROLL for (int n = 0; n < N; ++n) {
+              double* to = sums + n * s.c + j;
+              if (lanes == L) {
+                DoubleSum<T> total;
+                std::memcpy(&total.of, to, sizeof total.of);
+                total.add(sum[n]);
+                std::memcpy(to, &total.of, sizeof total.of);
+              } else {
+                for (int l = 0; l < lanes; ++l) to[l] += double(sum[n][l]);
+              }
             }
-            CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v)
-              CONVKIT_UNROLL for (int n = 0; n < N; ++n) total[v][n].add(sum[v][n]);
-          }
-          for (int v = 0; v < vectors; ++v)
-            for (int n = 0; n < N; ++n)
-              for (int i = 0; i < lanes_of(v); ++i) partial[(piece * N + n) * s.c + j + v * L + i] = total[v][n].of[i];
+          };
+          int64_t j = 0;
+          for (; j + L <= s.c; j += L) step(j, L);
+          if (j < s.c) step(j, int(s.c - j));
         }
       }
     });
   } else {
     parallel(pool, pieces.count * s.c, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
-        int64_t piece = task / s.c, c = task % s.c;
+        int64_t piece = task / s.c, c = task % s.c, first = piece * pieces.rows;
+        Channels<T, K> channels = start(piece, first * s.c + c, c);
         vec<T> k[K];
         CONVKIT_UNROLL for (int i = 0; i < K; ++i) k[i] = broadcast(channels.of[i][c]);
-        DoubleSum<T> lanes_total[N] = {};
-        for (int64_t n = piece * pieces.rows; n < min_of(s.n, (piece + 1) * pieces.rows); ++n)
-          for (int64_t first = 0; first < s.hw; first += kPieceElements) {
-            int64_t row = n * s.c + c, last = min_of(s.hw, first + kPieceElements), j = first;
-            while (j + kGroup * L <= last) {
-              vec<T> sum[kGroup][N] = {};
-              int64_t end = min_of(last, j + kChain * kGroup * L);
-              for (; j + kGroup * L <= end; j += kGroup * L)
-                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                  vec<T> out[N];
-                  term(row, j + v * L, L, k, out);
-                  CONVKIT_UNROLL for (int i = 0; i < N; ++i) sum[v][i] += out[i];
-                }
-              CONVKIT_UNROLL for (int i = 0; i < N; ++i)
-                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) lanes_total[i].add(sum[v][i]);
-            }
-            for (; j < last; j += L) {
-              vec<T> out[N];
-              int lanes = int(min_of<int64_t>(L, last - j));
-              if (lanes == L) term(row, j, L, k, out);
-              else term(row, j, lanes, k, out);
-              CONVKIT_UNROLL for (int i = 0; i < N; ++i) lanes_total[i].add(out[i]);
-            }
+        DoubleSum<T> total[N] = {};
+        vec<T> sum[kGroup][N] = {};
+        int chained = 0;
+        auto flush = [&] {
+          CONVKIT_UNROLL for (int i = 0; i < N; ++i)
+            CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) total[i].add(sum[v][i]), sum[v][i] = vec<T>{};
+          chained = 0;
+        };
+        for (int64_t n = first; n < min_of(s.n, first + pieces.rows); ++n) {
+          int64_t row = n * s.c + c, j = 0;
+          auto add = [&](int v, int lanes) {
+            vec<T> out[N];
+            term(row, j + v * L, lanes, k, out);
+            CONVKIT_UNROLL for (int i = 0; i < N; ++i) sum[v][i] += out[i];
+          };
+          for (; j + kGroup * L <= s.hw; j += kGroup * L) {
+            CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) add(v, L);
+            if (++chained == kChain) flush();
           }
+          for (; j < s.hw; j += L) {
+            if (s.hw - j >= L) add(0, L);
+            else add(0, int(s.hw - j));
+            if (++chained == kChain) flush();
+          }
+        }
+        flush();
         for (int i = 0; i < N; ++i) {
-          double total = 0;
-          for (int l = 0; l < L; ++l) total += lanes_total[i].of[l];
-          partial[(piece * N + i) * s.c + c] = total;
+          double sum_of_lanes = 0;
+          for (int l = 0; l < L; ++l) sum_of_lanes += total[i].of[l];
+          partial[(piece * N + i) * s.c + c] = sum_of_lanes;
         }
       }
     });
   }
-  for (int n = 0; n < N; ++n)
-    for (int64_t c = 0; c < s.c; ++c) {
-      double sum = 0;
-      for (int64_t piece = 0; piece < pieces.count; ++piece) sum += partial[(piece * N + n) * s.c + c];
-      sums[n * s.c + c] = sum;
-    }
 }
+
+// The same over all pieces, in order: sums[N][c].
+template <class T, int K, int N, class Term>
+CONVKIT_INLINE void reduce(const ChannelShape& s, const Channels<T, K>& channels, double* partial, double* sums, const Pool& pool, Term&& term) {
+  reduce_pieces<T, K, N>(s, partial, pool, [&](int64_t, int64_t, int64_t) { return channels; }, term);
+  int64_t pieces = Pieces(s).count;
+  for (int64_t i = 0; i < N * s.c; ++i) {
+    double sum = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += partial[piece * N * s.c + i];
+    sums[i] = sum;
+  }
+}
+
+// Per-channel arrays are read a whole vector at a time.
+int64_t padded(int64_t c) { return c + 16; }
 
 // Count, mean and sum of squared deviations of part of a channel; merged as in Chan, Golub and LeVeque (1983), so that
 // nothing cancels where the mean is far larger than the deviation.
@@ -231,96 +254,53 @@ struct Moments {
   }
 };
 
-// Mean and squared deviations of short blocks that stay in the first-level cache while they are read twice. The
-// deviations' own sum, zero but for rounding, corrects both (Chan, Golub and LeVeque 1983, equation 1.7).
-template <class S> void moments(const ChannelShape& s, const S* x, Moments* partial, const Pool& pool) {
+// Mean and squared deviations of each channel: sums of x - shift and its square, where the shift is the mean of a piece's
+// first values, so that nothing cancels (Chan, Golub and LeVeque 1983, section 3).
+template <class S> void moments(const ChannelShape& s, const S* x, double* partial, compute_t<S>* shifts, Moments* all, const Pool& pool) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>;
   Rows rows(s);
   Pieces pieces(s);
-  if (rows.channels_last) {
-    parallel(pool, pieces.count, [&](int64_t begin, int64_t end, int) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        int64_t first = piece * pieces.rows, last = min_of(rows.count, first + pieces.rows);
-        Moments* out = partial + piece * s.c;
-        for (int64_t c = 0; c < s.c; ++c) out[c] = {0, 0, 0};
-        for (int64_t i = first; i < last; i += kRows)
-          for (int64_t j = 0; j < s.c; j += L * kGroup) {
-            int64_t count = min_of(kRows, last - i);
-            int vectors = int(min_of<int64_t>(kGroup, ceil_div(s.c - j, L)));
-            vec<T> sum[kGroup] = {}, mean[kGroup], slip[kGroup] = {}, m2[kGroup] = {};
-            const S* block = x + i * s.c + j;
-            if (j + L * kGroup <= s.c) {
-              for (int64_t row = 0; row < count; ++row)
-                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) sum[v] += load(block + row * s.c + v * L);
-              CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) mean[v] = sum[v] / T(count);
-              for (int64_t row = 0; row < count; ++row)
-                CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                  vec<T> d = load(block + row * s.c + v * L) - mean[v];
-                  slip[v] += d;
-                  m2[v] += d * d;
-                }
-            } else {
-              auto lanes_of = [&](int v) { return int(min_of<int64_t>(L, s.c - j - v * L)); };
-              for (int64_t row = 0; row < count; ++row)
-                for (int v = 0; v < vectors; ++v) sum[v] += fetch(block + row * s.c + v * L, lanes_of(v));
-              for (int v = 0; v < vectors; ++v) mean[v] = sum[v] / T(count);
-              for (int64_t row = 0; row < count; ++row)
-                for (int v = 0; v < vectors; ++v) {
-                  vec<T> d = fetch(block + row * s.c + v * L, lanes_of(v)) - mean[v];
-                  slip[v] += d;
-                  m2[v] += d * d;
-                }
-            }
-            for (int v = 0; v < vectors; ++v)
-              for (int l = 0; l < L && j + v * L + l < s.c; ++l) {
-                double e = double(slip[v][l]) / double(count);
-                out[j + v * L + l].add(double(count), double(mean[v][l]) + e, double(m2[v][l]) - e * e * double(count));
-              }
-          }
+  int64_t shift_row = padded(s.c), plane = rows.channels_last ? 1 : s.hw;
+  auto start = [&](int64_t piece, int64_t row, int64_t c) {
+    T* shift = shifts + piece * shift_row;
+    if (rows.channels_last) {
+      int64_t count = min_of<int64_t>(kChain, rows.count - row);
+      for (int64_t j = 0; j < s.c; j += L) {
+        int lanes = int(min_of<int64_t>(L, s.c - j));
+        vec<T> sum{};
+        for (int64_t i = 0; i < count; ++i) sum += fetch(x + (row + i) * s.c + j, lanes);
+        store(shift + j, sum / T(count));  // reaches into the row's padding
       }
-    });
-  } else {
-    parallel(pool, pieces.count * s.c, [&](int64_t begin, int64_t end, int) {
-      for (int64_t task = begin; task < end; ++task) {
-        int64_t piece = task / s.c, c = task % s.c;
-        Moments out{0, 0, 0};
-        for (int64_t n = piece * pieces.rows; n < min_of(s.n, (piece + 1) * pieces.rows); ++n)
-          for (int64_t first = 0; first < s.hw; first += kPieceElements) {
-            const S* block = x + (n * s.c + c) * s.hw + first;
-            int64_t count = min_of(kPieceElements, s.hw - first), whole = count / (kGroup * L) * (kGroup * L);
-            vec<T> sum[kGroup] = {}, slip[kGroup] = {}, m2[kGroup] = {};
-            for (int64_t j = 0; j < whole; j += kGroup * L)
-              CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) sum[v] += load(block + j + v * L);
-            for (int64_t j = whole; j < count; j += L) sum[0] += fetch(block + j, int(min_of<int64_t>(L, count - j)));
-            T mean_of_block = T(horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(count));
-            vec<T> mean = broadcast(mean_of_block);
-            for (int64_t j = 0; j < whole; j += kGroup * L)
-              CONVKIT_UNROLL for (int v = 0; v < kGroup; ++v) {
-                vec<T> d = load(block + j + v * L) - mean;
-                slip[v] += d;
-                m2[v] += d * d;
-              }
-            double rest = 0, rest_slip = 0;
-            for (int64_t j = whole; j < count; ++j) {
-              double d = double(get(block + j)) - double(mean_of_block);
-              rest_slip += d;
-              rest += d * d;
-            }
-            double e = (rest_slip + horizontal_sum<T>((slip[0] + slip[1]) + (slip[2] + slip[3]))) / double(count);
-            double squares = rest + horizontal_sum<T>((m2[0] + m2[1]) + (m2[2] + m2[3]));
-            out.add(double(count), double(mean_of_block) + e, squares - e * e * double(count));
-          }
-        partial[piece * s.c + c] = out;
-      }
-    });
+    } else {
+      int64_t count = min_of<int64_t>(kChain, s.hw);
+      T sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += get(x + row * s.hw + i);
+      shift[c] = sum / T(count);
+    }
+    return Channels<T, 1>{{shift}};
+  };
+  reduce_pieces<T, 1, 2>(s, partial, pool, start, [&](int64_t row, int64_t j, int lanes, const vec<T>* k, vec<T>* out) {
+    vec<T> d = fetch(x + row * rows.length + j, lanes) - k[0];
+    if (lanes != L) d = first_lanes<T>(d, lanes);
+    out[0] = d;
+    out[1] = d * d;
+  });
+  int64_t end = rows.channels_last ? rows.count : s.n;
+  for (int64_t c = 0; c < s.c; ++c) all[c] = {0, 0, 0};
+  for (int64_t piece = 0; piece < pieces.count; ++piece) {
+    double count = double(min_of(pieces.rows, end - piece * pieces.rows) * plane), inverse = 1 / count;
+    const double* sums = partial + piece * 2 * s.c;
+    const T* shift = shifts + piece * shift_row;
+    for (int64_t c = 0; c < s.c; ++c) {
+      double mean = sums[c] * inverse;
+      all[c].add(count, double(shift[c]) + mean, sums[s.c + c] - sums[c] * mean);
+    }
   }
 }
 
 // What is computed before the ReLU, in forward and backward alike: the mask is this value's sign.
 template <class T> CONVKIT_INLINE vec<T> normalise(vec<T> x, const vec<T>* k) { return (x - k[0]) * k[1] + k[2]; }
-
-int64_t padded(int64_t c) { return c + 16; }
 
 template <class S> struct BatchNorm {
   using T = compute_t<S>;
@@ -331,7 +311,7 @@ template <class S> struct BatchNorm {
   Pieces pieces{s};
   // Workspace: partial sums, then sums, then per-channel vectors.
   double* partial = static_cast<double*>(a.workspace);
-  double* sums = partial + pieces.count * 3 * s.c;
+  double* sums = partial + pieces.count * 2 * s.c;
   T* vectors = reinterpret_cast<T*>(sums + 3 * s.c);
   T* mean = vectors;
   T* alpha = mean + padded(s.c);
@@ -339,11 +319,13 @@ template <class S> struct BatchNorm {
   T* grad_mean = beta + padded(s.c);
   T* grad_slope = grad_mean + padded(s.c);
   T* rstd = grad_slope + padded(s.c);
+  T* shifts = rstd + padded(s.c);  // of every piece
   const S* x = static_cast<const S*>(a.x);
 
   BatchNorm(const BatchNormArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
   int64_t at(int64_t row, int64_t j) const { return row * rows.length + j; }
+  bool whole_lines(const S* p) const { return rows.length % kLanes<T> == 0 && streamable(p); }
 
   void prepare() const {
     const T* m = static_cast<const T*>(a.mean);
@@ -368,31 +350,27 @@ template <class S> struct BatchNorm {
 
   void forward() const {
     if (a.training) {
-      Moments* parts = reinterpret_cast<Moments*>(partial);
-      moments(s, x, parts, pool);
+      Moments* all = reinterpret_cast<Moments*>(sums);
+      moments(s, x, partial, shifts, all, pool);
       for (int64_t c = 0; c < s.c; ++c) {
-        Moments all{0, 0, 0};
-        for (int64_t piece = 0; piece < pieces.count; ++piece) {
-          const Moments& m = parts[piece * s.c + c];
-          all.add(m.count, m.mean, m.m2);
-        }
-        static_cast<T*>(a.mean)[c] = T(__builtin_isfinite(all.mean) ? all.mean : plain_mean(c));
-        static_cast<T*>(a.var)[c] = T(all.m2 / all.count);
+        static_cast<T*>(a.mean)[c] = T(__builtin_isfinite(all[c].mean) ? all[c].mean : plain_mean(c));
+        static_cast<T*>(a.var)[c] = T(all[c].m2 / all[c].count);
       }
     }
     prepare();
     Channels<T, 3> k{{mean, alpha, beta}};
     S* y = static_cast<S*>(a.y);
+    bool streamed = a.stream && whole_lines(y);
     const S* residual = static_cast<const S*>(a.residual);
     if (residual == nullptr) {
       each_vector<T, 3>(s, k, pool, [&](int64_t row, int64_t j, int lanes, const vec<T>* k) {
-        emit(y + at(row, j), relu<T>(normalise<T>(fetch(x + at(row, j), lanes), k)), lanes);
+        emit(y + at(row, j), relu<T>(normalise<T>(fetch(x + at(row, j), lanes), k)), lanes, streamed);
       });
     } else {
       each_vector<T, 3>(s, k, pool, [&](int64_t row, int64_t j, int lanes, const vec<T>* k) {
         vec<T> v = normalise<T>(fetch(x + at(row, j), lanes), k) + fetch(residual + at(row, j), lanes);
         if (a.mask != nullptr) write_mask<T>(a.mask + row * rows.mask_bytes(), j, ~(v <= vec<T>{}), lanes);
-        emit(y + at(row, j), relu<T>(v), lanes);
+        emit(y + at(row, j), relu<T>(v), lanes, streamed);
       });
     }
   }
@@ -420,19 +398,21 @@ template <class S> struct BatchNorm {
         double sum = sums[c], product = sums[s.c + c] * double(rstd[c]);  // sum of g, and of g times normalised x
         if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = T(sum);
         if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = T(product);
-        grad_mean[c] = a.training ? T(sum / count) : T(0);
-        grad_slope[c] = a.training ? T(product * double(rstd[c]) / count) : T(0);
+        // The gradient of x is alpha * (g - mean of g - normalised x * mean of (g * normalised x)).
+        grad_mean[c] = a.training ? T(sum / count * double(alpha[c])) : T(0);
+        grad_slope[c] = a.training ? T(product * double(rstd[c]) / count * double(alpha[c])) : T(0);
       }
     }
     S *grad_x = static_cast<S*>(a.grad_x), *grad_residual = static_cast<S*>(a.grad_residual);
     if (grad_x == nullptr && grad_residual == nullptr) return;
+    bool streamed = a.stream && whole_lines(grad_x) && whole_lines(grad_residual);
     Channels<T, 5> all{{mean, alpha, beta, grad_mean, grad_slope}};
     each_vector<T, 5>(s, all, pool, [&](int64_t row, int64_t j, int lanes, const vec<T>* k) {
       vec<T> xv = fetch(x + at(row, j), lanes);
       vec<T> g = masked(grad, xv, row, j, lanes, k);
-      if (grad_residual != nullptr) emit(grad_residual + at(row, j), g, lanes);
+      if (grad_residual != nullptr) emit(grad_residual + at(row, j), g, lanes, streamed);
       if (grad_x == nullptr) return;
-      emit(grad_x + at(row, j), a.training ? (g - k[3] - (xv - k[0]) * k[4]) * k[1] : g * k[1], lanes);
+      emit(grad_x + at(row, j), a.training ? g * k[1] - ((xv - k[0]) * k[4] + k[3]) : g * k[1], lanes, streamed);
     });
   }
 };
@@ -440,7 +420,7 @@ template <class S> struct BatchNorm {
 }  // namespace
 
 int64_t channel_workspace(const ChannelShape& s) {
-  return (Pieces(s).count * 3 * s.c + 3 * s.c + 6 * padded(s.c)) * int64_t(sizeof(double));
+  return (Pieces(s).count * (2 * s.c + padded(s.c)) + 3 * s.c + 6 * padded(s.c)) * int64_t(sizeof(double));
 }
 
 void batch_norm_relu(const BatchNormArgs& a, const Pool& pool) {
@@ -456,7 +436,7 @@ void channel_sum(const ChannelShape& s, const void* src, void* out, void* worksp
   with_type(s.dtype, [&]<class S>(Tag<S>) {
     using T = compute_t<S>;
     double* partial = static_cast<double*>(workspace);
-    double* sums = partial + Pieces(s).count * 3 * s.c;
+    double* sums = partial + Pieces(s).count * 2 * s.c;
     T* zeros = reinterpret_cast<T*>(sums + 3 * s.c);  // reduce() loads per-channel values; a plain sum has none to use
     fill_zero(zeros, padded(s.c));
     Rows rows(s);

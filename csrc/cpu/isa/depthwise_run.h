@@ -1,8 +1,9 @@
-// Depthwise inner loops: one vector of channels, sliding along a row.
+// Depthwise inner loops: vectors of channels, sliding along a row.
 //
-// A run computes QT neighbouring outputs at once (8 for filters up to 4 wide, 4 beyond): the taps of a filter row and
-// the QT sums stay in registers, and every input vector is loaded once for all outputs it reaches, so a 3-wide filter at
-// stride 1 costs 10 loads for 24 multiply-adds.
+// QT neighbouring outputs are computed at once, 8 where the row has them: their sums and the taps of one filter row stay
+// in registers, and every source vector is loaded once for all the outputs it reaches, so a 3-wide filter at stride 1
+// costs 10 loads for 24 multiply-adds, and 8 independent sums are what it takes to keep two multiply-add units busy.
+// Blocks of outputs that see the edge of the image skip what is outside of it; all others ask no questions.
 #pragma once
 
 #include "vec.h"
@@ -11,169 +12,238 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 constexpr int kMaxDepthwiseRows = 16;  // filter rows a run takes at once; taller filters go in several runs
 
-template <class T> struct DepthwiseRun {
-  const T* const* rows;       // source of output 0, tap 0, for each filter row
-  const T* const* weights;    // tap 0 of each filter row
+// A row of outputs: some of its columns, all channels of a block.
+template <class T> struct DepthwiseRow {
+  const T* rows[kMaxDepthwiseRows];     // source of output 0, tap 0, first channel, by filter row; may be off the image
+  const T* weights[kMaxDepthwiseRows];  // tap 0 of the first vector of channels, by filter row
   int row_count;
-  int64_t taps, tap_step, weight_step;  // tap_step: source elements from tap to tap
-  int64_t outputs, output_step;         // output_step: source elements from output to output
-  int64_t pixel;              // source elements from pixel to pixel (fixed-width runs: tap_step == pixel)
-  T* out;
+  int64_t taps, weight_step, weight_vector;  // elements of weight from tap to tap and from vector to vector
+  int64_t tap_pixels, output_pixels;    // source pixels from tap to tap and from output to output
+  int64_t pixel;                        // source elements from pixel to pixel
+  int64_t origin, columns;              // column of output 0, tap 0; columns of the source that exist
+  int64_t first, last;                  // outputs to compute
+  int64_t channels;
+  T* out;                               // output 0
   int64_t out_step;
-  bool accumulate;            // add to what `out` holds: later runs of a tall filter
-  const T *scale, *shift;     // epilogue, or null
+  int64_t ahead;                        // elements from the last filter row to the source row worth fetching early, or 0
+  bool accumulate;                      // add to what `out` holds: later runs of a tall filter
+  bool streamed;                        // write past the caches; `out` and out_step are whole vectors then
+  const T* shift;                       // per channel, or null
   bool relu;
-  int lanes;                  // valid lanes
 };
 
-template <class T> CONVKIT_INLINE void finish_depthwise(const DepthwiseRun<T>& a, T* out, vec<T> sum) {
-  bool whole = a.lanes == kLanes<T>;
-  if (a.accumulate) sum += whole ? load(out) : load_n(out, a.lanes);
-  if (a.scale != nullptr) sum *= whole ? load(a.scale) : load_n(a.scale, a.lanes);
-  if (a.shift != nullptr) sum += whole ? load(a.shift) : load_n(a.shift, a.lanes);
-  if (a.relu) sum = relu<T>(sum);
-  if (whole) store(out, sum);
-  else store_n(out, sum, a.lanes);
-}
-
-// TAPS taps, outputs STRIDE pixels apart.
-// `plain`: nothing to do after the sum. Asked once a run: asked once an output, the epilogue's questions took three times
-// as long as a 3x3 filter's arithmetic.
-template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_outputs(const DepthwiseRun<T>& a, int64_t q, bool plain) {
-  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, a.lanes); };
+// Outputs [q, q + count), count <= QT, of the vector of channels at `channel`. EDGE: bit j of `inside` says whether source
+// pixel j of the block exists.
+template <class T, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
+CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int count, uint32_t inside, int64_t channel, int lanes) {
+  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
+  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> sum[QT];
   CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = vec<T>{};
+  int64_t from = q * STRIDE * a.pixel + channel;
   for (int r = 0; r < a.row_count; ++r) {
-    const T* x = a.rows[r] + q * a.output_step;
+    const T* x = a.rows[r] + from;
+    const T* taps = a.weights[r] + channel / L * a.weight_vector;
     vec<T> w[TAPS];
-    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[s] = fetch(a.weights[r] + s * a.weight_step);
-    CONVKIT_UNROLL for (int j = 0; j < (QT - 1) * STRIDE + TAPS; ++j) {
+    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[s] = held(load(taps + s * a.weight_step));
+    CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + a.pixel)) {
+      if (EDGE && (inside & 1u << j) == 0) continue;
       // With a stride beyond the filter some pixels are between outputs.
       if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
-      vec<T> xj = fetch(x + j * a.pixel);
+      vec<T> xj = held(fetch(x));
       CONVKIT_UNROLL for (int t = 0; t < QT; ++t) {
         int s = j - t * STRIDE;
         if (s >= 0 && s < TAPS) sum[t] += xj * w[s];
       }
     }
   }
-  T* out = a.out + q * a.out_step;
-  int64_t step = a.out_step;
-  if (WHOLE && plain) {
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) store(out + t * step, sum[t]);
-  } else {
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) finish_depthwise(a, out + t * step, sum[t]);
+  if (a.ahead != 0) {
+    const T* next = a.rows[a.row_count - 1] + from + a.ahead;
+    CONVKIT_UNROLL for (int j = 0; j < QT * STRIDE; ++j, next = held(next + a.pixel)) __builtin_prefetch(next);
+  }
+  T* out = a.out + q * a.out_step + channel;
+  int64_t out_step = a.out_step;
+  bool streamed = a.streamed;
+  if (a.shift != nullptr) {
+    vec<T> shift = fetch(a.shift + channel);
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] += shift;
+  }
+  if (a.accumulate)
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(out + t * out_step);
+  if (a.relu)
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = relu<T>(sum[t]);
+  CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out += out_step) {
+    if (EDGE && t >= count) break;
+    if (!WHOLE) store_n(out, sum[t], lanes);
+    else if (streamed) stream(out, sum[t]);
+    else store(out, sum[t]);
   }
 }
 
-template <class T, int TAPS, int STRIDE> __attribute__((noinline)) void depthwise_run(const DepthwiseRun<T>& a) {
-  constexpr int QT = TAPS <= 4 ? 8 : 4;
-  bool plain = !a.accumulate && a.scale == nullptr && a.shift == nullptr && !a.relu;
-  int64_t q = 0;
-  if (a.lanes == kLanes<T>) {
-    for (; q + QT <= a.outputs; q += QT) depthwise_outputs<T, TAPS, STRIDE, QT, true>(a, q, plain);
-    if (QT == 8 && q + 4 <= a.outputs) depthwise_outputs<T, TAPS, STRIDE, 4, true>(a, q, plain), q += 4;
-    for (; q < a.outputs; ++q) depthwise_outputs<T, TAPS, STRIDE, 1, true>(a, q, plain);
-  } else {
-    for (; q < a.outputs; ++q) depthwise_outputs<T, TAPS, STRIDE, 1, false>(a, q, plain);
+template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_row(const DepthwiseRow<T>& a) {
+  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
+  int64_t whole = a.channels / L * L;
+  for (int64_t q = a.first; q < a.last; q += QT) {
+    int count = int(min_of<int64_t>(QT, a.last - q));
+    if (count < QT && a.last - QT >= a.first && !a.accumulate) q = a.last - QT, count = QT;  // some outputs twice
+    int64_t column = a.origin + q * STRIDE;
+    int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(PIXELS, a.columns - column));
+    uint32_t inside = begin >= PIXELS ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
+    if (count == QT && begin == 0 && end == PIXELS)
+      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, false, true>(a, q, QT, inside, c, L);
+    else
+      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, true, true>(a, q, count, inside, c, L);
+    if (whole < a.channels) depthwise_outputs<T, TAPS, STRIDE, QT, true, false>(a, q, count, inside, whole, int(a.channels - whole));
   }
 }
 
-// Any number of taps, any step: wide filters, dilation, strides beyond 2, and the edges of an image.
-template <class T> __attribute__((noinline)) void depthwise_run_any(const DepthwiseRun<T>& a) {
-  bool whole = a.lanes == kLanes<T>;
-  for (int64_t q = 0; q < a.outputs; ++q) {
-    vec<T> sum{};
-    for (int r = 0; r < a.row_count; ++r) {
-      const T* x = a.rows[r] + q * a.output_step;
-      const T* w = a.weights[r];
-      for (int64_t s = 0; s < a.taps; ++s, x += a.tap_step, w += a.weight_step)
-        sum += whole ? load(x) * load(w) : load_n(x, a.lanes) * load_n(w, a.lanes);
+// Any number of taps at any step: dilation, wide filters, strides beyond 2.
+template <class T> __attribute__((noinline)) void depthwise_row_any(const DepthwiseRow<T>& a) {
+  constexpr int L = kLanes<T>;
+  for (int64_t q = a.first; q < a.last; ++q)
+    for (int64_t c = 0; c < a.channels; c += L) {
+      int lanes = int(min_of<int64_t>(L, a.channels - c));
+      vec<T> sum{};
+      for (int r = 0; r < a.row_count; ++r) {
+        const T* w = a.weights[r] + c / L * a.weight_vector;
+        for (int64_t s = 0; s < a.taps; ++s) {
+          int64_t at = q * a.output_pixels + s * a.tap_pixels;
+          if (a.origin + at < 0 || a.origin + at >= a.columns) continue;
+          const T* x = a.rows[r] + at * a.pixel + c;
+          sum += (lanes == L ? load(x) : load_n(x, lanes)) * load(w + s * a.weight_step);
+        }
+      }
+      T* out = a.out + q * a.out_step + c;
+      if (a.shift != nullptr) sum += lanes == L ? load(a.shift + c) : load_n(a.shift + c, lanes);
+      if (a.accumulate) sum += lanes == L ? load(out) : load_n(out, lanes);
+      if (a.relu) sum = relu<T>(sum);
+      if (lanes != L) store_n(out, sum, lanes);
+      else if (a.streamed) stream(out, sum);
+      else store(out, sum);
     }
-    finish_depthwise(a, a.out + q * a.out_step, sum);
-  }
 }
 
-template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseRun<T>& a) {
-  if (a.tap_step == a.pixel && a.output_step == a.pixel) switch (a.taps) {
-      case 1: return depthwise_run<T, 1, 1>(a);
-      case 2: return depthwise_run<T, 2, 1>(a);
-      case 3: return depthwise_run<T, 3, 1>(a);
-      case 4: return depthwise_run<T, 4, 1>(a);
-      case 5: return depthwise_run<T, 5, 1>(a);
-      case 7: return depthwise_run<T, 7, 1>(a);
-    }
-  if (a.tap_step == a.pixel && a.output_step == 2 * a.pixel) switch (a.taps) {
-      case 3: return depthwise_run<T, 3, 2>(a);
-      case 5: return depthwise_run<T, 5, 2>(a);
-      case 7: return depthwise_run<T, 7, 2>(a);
-    }
-  depthwise_run_any(a);
+template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_row_wide(const DepthwiseRow<T>& a) {
+  return a.last - a.first > 4 ? depthwise_row<T, TAPS, STRIDE, 8>(a) : depthwise_row<T, TAPS, STRIDE, 4>(a);
 }
 
-// Sums for the weight gradient: for each tap, over a block of outputs, gradient times source.
-template <class T> struct DepthwiseGradRun {
-  const T *grad, *x;          // output 0 of row 0; tap 0
-  int64_t rows, grad_row, x_row;        // elements from row to row
-  int64_t outputs, grad_step, x_step;   // elements from output to output
-  int64_t taps, tap_step;
-  T* sums;                    // [tap], sum_step elements apart
-  int64_t sum_step;
+template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseRow<T>& a) {
+  if (a.tap_pixels == 1 && a.output_pixels == 1) switch (a.taps) {
+      case 1: return depthwise_row_wide<T, 1, 1>(a);
+      case 2: return depthwise_row_wide<T, 2, 1>(a);
+      case 3: return depthwise_row_wide<T, 3, 1>(a);
+      case 4: return depthwise_row_wide<T, 4, 1>(a);
+      case 5: return depthwise_row_wide<T, 5, 1>(a);
+      case 7: return depthwise_row_wide<T, 7, 1>(a);
+    }
+  if (a.tap_pixels == 1 && a.output_pixels == 2) switch (a.taps) {
+      case 3: return depthwise_row_wide<T, 3, 2>(a);
+      case 5: return depthwise_row_wide<T, 5, 2>(a);
+      case 7: return depthwise_row_wide<T, 7, 2>(a);
+    }
+  depthwise_row_any(a);
+}
+
+// The weight gradient of one vector of channels over a rectangle of outputs: for each tap, the sum of gradient times source.
+template <class T> struct DepthwiseGrad {
+  const T *grad, *x;                       // output (0, 0); source of output (0, 0), tap (0, 0), which may be off the image
+  int64_t first_row, last_row, first, last;  // outputs
+  int64_t grad_row, grad_pixel;            // elements
+  int64_t row, pixel;                      // elements of x
+  int64_t stride_h, stride_w, dilation_h, dilation_w, filter_h, filter_w;
+  int64_t origin_h, origin_w, rows, columns;  // source of output 0, tap 0; rows and columns that exist
+  T* sums;                                 // [filter_h][filter_w][lanes]
   int lanes;
 };
 
-template <class T, int TAPS, bool WHOLE> __attribute__((noinline)) void depthwise_grad_run(const DepthwiseGradRun<T>& a) {
-  // Two sets of sums: few taps alone would not keep both multiply-add units busy, and shorter chains round less.
-  constexpr int SETS = 2;
+// Registers that hold sums; with G gradients and a source vector they fill the register file.
+constexpr int kGradSums = kVectorBytes == 64 ? 28 : 10;
+template <int TAPS> constexpr int kGradRows = kGradSums / TAPS < 1 ? 1 : (kGradSums / TAPS < TAPS ? kGradSums / TAPS : TAPS);
+
+// Taps [r0, r0 + kGradRows) x [s0, s0 + taps), taps <= TAPS. STRIDE 1 and 2 (undilated): four neighbouring outputs share
+// the source vectors they have in common. STRIDE 0: anything, an output at a time.
+template <class T, int TAPS, int STRIDE, bool WHOLE>
+__attribute__((noinline)) void depthwise_grad(const DepthwiseGrad<T>& a, int64_t r0, int64_t s0, int64_t taps) {
+  constexpr int L = kLanes<T>, ROWS = kGradRows<TAPS>, G = ROWS * TAPS + 5 > (kVectorBytes == 64 ? 32 : 16) ? 2 : 4;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, a.lanes); };
-  vec<T> sum[SETS][TAPS];
-  CONVKIT_UNROLL for (int i = 0; i < SETS; ++i)
-    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[i][s] = vec<T>{};
-  for (int64_t p = 0; p < a.rows; ++p) {
-    const T* g = a.grad + p * a.grad_row;
-    const T* x = a.x + p * a.x_row;
-    int64_t q = 0;
-    for (; q + SETS <= a.outputs; q += SETS)
-      CONVKIT_UNROLL for (int i = 0; i < SETS; ++i) {
-        vec<T> gq = fetch(g);
-        CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[i][s] += gq * fetch(x + s * a.tap_step);
-        g += a.grad_step;
-        x += a.x_step;
+  vec<T> sum[ROWS][TAPS];
+  CONVKIT_UNROLL for (int r = 0; r < ROWS; ++r)
+    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[r][s] = vec<T>{};
+  int64_t filter_rows = min_of<int64_t>(ROWS, a.filter_h - r0);
+  int64_t tap_row = a.dilation_h * a.row, tap_step = a.dilation_w * a.pixel;
+  for (int64_t i = a.first_row; i < a.last_row; ++i) {
+    int64_t y = a.origin_h + i * a.stride_h + r0 * a.dilation_h;  // source row of the first filter row
+    int64_t begin = 0, end = filter_rows;
+    while (begin < end && y + begin * a.dilation_h < 0) ++begin;
+    while (begin < end && y + (end - 1) * a.dilation_h >= a.rows) --end;
+    if (begin == end) continue;
+    const T* g = a.grad + i * a.grad_row;
+    const T* x = a.x + (i * a.stride_h + r0 * a.dilation_h) * a.row + s0 * tap_step;
+    for (int64_t q = a.first; q < a.last;) {
+      int64_t column = a.origin_w + q * a.stride_w + s0 * a.dilation_w;
+      const T* xq = x + q * a.stride_w * a.pixel;
+      if constexpr (STRIDE != 0) {
+        if (column >= 0 && q + G <= a.last && column + (G - 1) * STRIDE + TAPS <= a.columns) {
+          vec<T> gq[G];
+          CONVKIT_UNROLL for (int t = 0; t < G; ++t) gq[t] = held(fetch(g + (q + t) * a.grad_pixel));
+          CONVKIT_UNROLL for (int r = 0; r < ROWS; ++r) {
+            if (r < begin || r >= end) continue;
+            const T* line = xq + r * tap_row;
+            CONVKIT_UNROLL for (int j = 0; j < (G - 1) * STRIDE + TAPS; ++j) {
+              if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
+              vec<T> xj = held(fetch(line + j * a.pixel));
+              CONVKIT_UNROLL for (int t = 0; t < G; ++t) {
+                int s = j - t * STRIDE;
+                if (s >= 0 && s < TAPS) sum[r][s] += gq[t] * xj;
+              }
+            }
+          }
+          q += G;
+          continue;
+        }
       }
-    for (; q < a.outputs; ++q, g += a.grad_step, x += a.x_step) {
-      vec<T> gq = fetch(g);
-      CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[0][s] += gq * fetch(x + s * a.tap_step);
+      vec<T> gq = fetch(g + q * a.grad_pixel);
+      int64_t left = 0, right = taps;
+      while (left < right && column + left * a.dilation_w < 0) ++left;
+      while (left < right && column + (right - 1) * a.dilation_w >= a.columns) --right;
+      CONVKIT_UNROLL for (int r = 0; r < ROWS; ++r) {
+        if (r < begin || r >= end) continue;
+        const T* line = xq + r * tap_row;
+        CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s)
+          if (s >= left && s < right) sum[r][s] += gq * fetch(line + s * tap_step);
+      }
+      ++q;
     }
   }
-  CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) {
-    T* to = a.sums + s * a.sum_step;
-    vec<T> total = fetch(to) + (sum[0][s] + sum[1][s]);
-    if (WHOLE) store(to, total);
-    else store_n(to, total, a.lanes);
-  }
+  CONVKIT_UNROLL for (int r = 0; r < ROWS; ++r)
+    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s)
+      if (r < filter_rows && s < taps) {
+        T* to = a.sums + ((r0 + r) * a.filter_w + s0 + s) * L;
+        store(to, load(to) + sum[r][s]);
+      }
 }
 
-template <class T, bool WHOLE> CONVKIT_INLINE void depthwise_grad_taps(const DepthwiseGradRun<T>& a) {
-  switch (a.taps) {
-    case 1: return depthwise_grad_run<T, 1, WHOLE>(a);
-    case 2: return depthwise_grad_run<T, 2, WHOLE>(a);
-    case 3: return depthwise_grad_run<T, 3, WHOLE>(a);
-    case 4: return depthwise_grad_run<T, 4, WHOLE>(a);
-    case 5: return depthwise_grad_run<T, 5, WHOLE>(a);
-    case 6: return depthwise_grad_run<T, 6, WHOLE>(a);
-    case 7: return depthwise_grad_run<T, 7, WHOLE>(a);
-  }
+template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_grad_rows(const DepthwiseGrad<T>& a, int64_t s0, int64_t taps) {
+  for (int64_t r0 = 0; r0 < a.filter_h; r0 += kGradRows<TAPS>)
+    a.lanes == kLanes<T> ? depthwise_grad<T, TAPS, STRIDE, true>(a, r0, s0, taps) : depthwise_grad<T, TAPS, STRIDE, false>(a, r0, s0, taps);
 }
 
-// Any number of taps, up to seven at a time.
-template <class T> CONVKIT_INLINE void depthwise_grad_dispatch(DepthwiseGradRun<T> a) {
-  int64_t taps = a.taps;
-  for (int64_t s = 0; s < taps; s += 7, a.x += 7 * a.tap_step, a.sums += 7 * a.sum_step) {
-    a.taps = min_of<int64_t>(7, taps - s);
-    if (a.lanes == kLanes<T>) depthwise_grad_taps<T, true>(a);
-    else depthwise_grad_taps<T, false>(a);
-  }
+template <class T> CONVKIT_INLINE void depthwise_grad_dispatch(const DepthwiseGrad<T>& a) {
+  bool dense = a.dilation_w == 1;
+  if (dense && a.stride_w == 1) switch (a.filter_w) {
+      case 1: return depthwise_grad_rows<T, 1, 1>(a, 0, 1);
+      case 2: return depthwise_grad_rows<T, 2, 1>(a, 0, 2);
+      case 3: return depthwise_grad_rows<T, 3, 1>(a, 0, 3);
+      case 4: return depthwise_grad_rows<T, 4, 1>(a, 0, 4);
+      case 5: return depthwise_grad_rows<T, 5, 1>(a, 0, 5);
+      case 7: return depthwise_grad_rows<T, 7, 1>(a, 0, 7);
+    }
+  if (dense && a.stride_w == 2) switch (a.filter_w) {
+      case 3: return depthwise_grad_rows<T, 3, 2>(a, 0, 3);
+      case 5: return depthwise_grad_rows<T, 5, 2>(a, 0, 5);
+      case 7: return depthwise_grad_rows<T, 7, 2>(a, 0, 7);
+    }
+  for (int64_t s0 = 0; s0 < a.filter_w; s0 += 5) depthwise_grad_rows<T, 5, 0>(a, s0, min_of<int64_t>(5, a.filter_w - s0));
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

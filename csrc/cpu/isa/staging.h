@@ -8,30 +8,34 @@
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time: the square
-// is read and written a cache line each way, which a plain double loop over a large transpose does not.
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time, in registers.
+// `streamed`: whole vectors of `to` are written past the caches; it and to_stride are aligned then.
 template <class S, class D>
-CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int B = 16;
+CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns,
+                                    bool streamed = false) {
   using T = compute_t<S>;
-  for (int64_t i0 = 0; i0 < rows; i0 += B)
-    for (int64_t j0 = 0; j0 < columns; j0 += B) {
-      int64_t ni = min_of<int64_t>(B, rows - i0), nj = min_of<int64_t>(B, columns - j0);
-      T square[B][B];
-      if (ni == B && nj == B) {
-        for (int i = 0; i < B; ++i) {
-          const S* line = from + (i0 + i) * from_stride + j0;
-          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(&square[i][v], load(line + v));
+  constexpr int L = kLanes<T>;
+  for (int64_t j = 0; j < columns; j += L)
+    for (int64_t i = 0; i < rows; i += L) {
+      int ni = int(min_of<int64_t>(L, rows - i)), nj = int(min_of<int64_t>(L, columns - j));
+      const S* line = from + i * from_stride + j;
+      D* out = to + j * to_stride + i;
+      vec<T> square[L];
+      if (ni == L && nj == L) {
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = load(line + k * from_stride);
+        transpose<T>(square);
+        if constexpr (sizeof(D) == sizeof(T)) {
+          if (streamed) {
+            CONVKIT_UNROLL for (int k = 0; k < L; ++k) stream(out + k * to_stride, square[k]);
+            continue;
+          }
         }
-        for (int j = 0; j < B; ++j) {
-          D* line = to + (j0 + j) * to_stride + i0;
-          T column[B];
-          CONVKIT_UNROLL for (int i = 0; i < B; ++i) column[i] = square[i][j];
-          CONVKIT_UNROLL for (int v = 0; v < B; v += kLanes<T>) store(line + v, load(column + v));
-        }
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(out + k * to_stride, square[k]);
       } else {
-        for (int64_t i = 0; i < ni; ++i)
-          for (int64_t j = 0; j < nj; ++j) put(to + (j0 + j) * to_stride + i0 + i, get(from + (i0 + i) * from_stride + j0 + j));
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = k < ni ? load_n(line + k * from_stride, nj) : vec<T>{};
+        transpose<T>(square);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k)
+          if (k < nj) store_n(out + k * to_stride, square[k], ni);
       }
     }
 }
@@ -128,6 +132,28 @@ CONVKIT_INLINE Range inside(int64_t count, int64_t stride, int64_t offset, int64
   int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);
   int64_t end = size <= offset ? 0 : ceil_div(size - offset, stride);
   return {begin, max_of(begin, min_of(end, count))};
+}
+
+// Which taps reach an output at `position`, as a sequence with ascending source positions: tap `first + i * step`
+// stands on source `source + i * source_step`. Forward: all taps. Input gradient: those whose phase fits.
+struct Taps {
+  int64_t first, step, count, source, source_step;
+};
+
+inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
+
+inline Taps taps_at(int64_t position, int64_t filter, int64_t stride, int64_t pad, int64_t dilation, bool input_grad) {
+  if (!input_grad) return {0, 1, filter, position * stride - pad, dilation};
+  if (stride == 1) return {filter - 1, -1, filter, position + pad - (filter - 1) * dilation, dilation};
+  // (position + pad - tap * dilation) must be a multiple of the stride: every `step`-th tap is one, or none is.
+  int64_t step = stride / gcd(stride, dilation);
+  for (int64_t tap = 0; tap < min_of(step, filter); ++tap) {
+    int64_t at = position + pad - tap * dilation;
+    if (at % stride != 0) continue;
+    int64_t count = ceil_div(filter - tap, step), source_step = step * dilation / stride;
+    return {tap + (count - 1) * step, -step, count, at / stride - (count - 1) * source_step, source_step};
+  }
+  return {0, 1, 0, 0, 1};
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

@@ -9,7 +9,9 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 void conv_rows(const ConvArgs&, const Pool&);
 void conv_outer(const ConvArgs&, const Pool&);
+void conv_planes(const ConvArgs&, const Pool&);
 void depthwise(const ConvArgs&, Pass, const Pool&);
+void winograd(const ConvArgs&, Pass, const Pool&);
 int64_t separable_workspace(const SeparableArgs&, const Pool&);
 void separable(const SeparableArgs&, const Pool&);
 int64_t channel_workspace(const ChannelShape&);
@@ -24,14 +26,16 @@ void conv(const ConvArgs& a, Pass pass, const Pool& pool) {
   switch (a.plan.kernel) {
     case ConvKernel::rows: return conv_rows(a, pool);
     case ConvKernel::outer: return conv_outer(a, pool);
+    case ConvKernel::planes: return conv_planes(a, pool);
     case ConvKernel::depthwise: return depthwise(a, pass, pool);
+    case ConvKernel::winograd: return winograd(a, pass, pool);
   }
 }
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
-    {CONVKIT_STRING(CONVKIT_ISA), kVectorBytes, 1, {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3], kTileRows[4]}},
+    {CONVKIT_STRING(CONVKIT_ISA), kVectorBytes, 0, 0, {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3], kTileRows[4]}},
     conv, separable_workspace, separable, channel_workspace, channel_sum, batch_norm_relu, batch_norm_relu_grad, im2col, col2im,
 };
 

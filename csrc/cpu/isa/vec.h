@@ -1,11 +1,12 @@
 // One vector type for every instruction set, from the compiler's vector extensions, and loads and stores that convert
 // between what is stored (double, float, bfloat16, float16) and what is computed in (double, float).
 // Everything lives in a namespace named after the instruction set: a function of the same name compiled for AVX-512
-// must never be picked by the linker for a machine without it. For the same reason nothing from std:: is used here.
+// must never be picked by the linker for a machine without it. For the same reason no function from std:: is used here.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -47,8 +48,8 @@ template <> struct VecOf<double> {
 template <class T> using vec = typename VecOf<T>::type;
 template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T> CONVKIT_INLINE T min_of(T a, T b) { return b < a ? b : a; }
-template <class T> CONVKIT_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+template <class T> CONVKIT_INLINE constexpr T min_of(T a, T b) { return b < a ? b : a; }
+template <class T> CONVKIT_INLINE constexpr T max_of(T a, T b) { return a < b ? b : a; }
 CONVKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x - 0 keeps every value, -0 and NaN included, so that the compiler turns this into a plain broadcast.
@@ -110,6 +111,67 @@ CONVKIT_INLINE vec<double> load(const double* p) { return *reinterpret_cast<cons
 CONVKIT_INLINE vec<float> load(const float* p) { return *reinterpret_cast<const VecOf<float>::loose*>(p); }
 CONVKIT_INLINE void store(double* p, vec<double> v) { *reinterpret_cast<VecOf<double>::loose*>(p) = v; }
 CONVKIT_INLINE void store(float* p, vec<float> v) { *reinterpret_cast<VecOf<float>::loose*>(p) = v; }
+
+// A whole line at an address that is a multiple of kVectorBytes, past the caches: an ordinary store to a line that no
+// cache holds reads it from memory first, so a copy of large tensors takes up to twice as long. fence() makes the lines
+// seen by other threads; it belongs at the end of a task that streamed.
+template <class T> CONVKIT_INLINE void stream(T* p, vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_stream_ps(p, (__m512)v);
+  else _mm512_stream_pd(p, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) _mm256_stream_ps(p, (__m256)v);
+  else _mm256_stream_pd(p, (__m256d)v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) _mm_stream_ps(p, (__m128)v);
+  else _mm_stream_pd(p, (__m128d)v);
+#else
+  store(p, v);
+#endif
+}
+CONVKIT_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+CONVKIT_INLINE bool streamable(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
+// ---- a square of vectors -------------------------------------------------------------------------------------------
+
+// One step of a transpose: in every square of 2 * D lanes, the off-diagonal halves of rows i and i + D change places.
+template <int D, class V, int... I> CONVKIT_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  V low = __builtin_shufflevector(a, b, ((I & D) ? L + I - D : I)...);
+  V high = __builtin_shufflevector(a, b, ((I & D) ? L + I : I + D)...);
+  a = low, b = high;
+}
+template <int D, class V> CONVKIT_INLINE void transpose_steps(V* row) {
+  constexpr int L = int(sizeof(V) / sizeof(row[0][0]));
+  if constexpr (D < L) {
+    CONVKIT_UNROLL for (int i = 0; i < L; ++i)
+      if ((i & D) == 0) exchange<D>(row[i], row[i + D], std::make_integer_sequence<int, L>{});
+    transpose_steps<2 * D>(row);
+  }
+}
+// row[i][j] and row[j][i] change places; L rows of L lanes.
+template <class T> CONVKIT_INLINE void transpose(vec<T>* row) { transpose_steps<1>(row); }
+
+// Keeps a value in a register: the compiler would rather load it again for each multiply-add that takes it, and compute
+// the address of every load from the start, and the loads or the decoder then bound the loop.
+template <class V> CONVKIT_INLINE V held(V v) {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+template <class T> CONVKIT_INLINE const T* held(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
 
 typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2), may_alias));
 typedef uint32_t word_bits __attribute__((vector_size(kVectorBytes), may_alias));
