@@ -2,7 +2,7 @@
 # Python 3.11 or newer (with venv and its headers), a C++ compiler and pip's index; everything else goes into .venv.
 #
 #   make test PYTHON=python3.12        another Python, for a new .venv
-#   make test ARGS="-k swap -x"        ARGS goes to pytest, or to `convkit demo`
+#   make test ARGS="-k swap -x"        ARGS goes to pytest, `convkit demo` or `convkit bench`
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                      takes PyTorch's CPU wheel, and spares the gigabytes of its CUDA packages
 PYTHON ?= python3
@@ -10,17 +10,22 @@ ARGS ?=
 PY := .venv/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/cuda/emulation/*')
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo bench test lint readme-tables build clean
 
 help:
-	@echo "make demo    train three networks on real digits with convkit's kernels; ends with a table"
-	@echo "make test    the whole test suite                      (ARGS=... goes to pytest)"
-	@echo "make lint    ruff: rules and format"
-	@echo "make build   .venv with everything pinned in it, and the native module, compiled where it changed"
-	@echo "make clean   remove what was built; .venv stays"
+	@echo "make demo           train three networks on real digits with convkit's kernels; ends with a table"
+	@echo "make bench          measure convkit against PyTorch           (ARGS=... goes to convkit bench)"
+	@echo "make test           the whole test suite                      (ARGS=... goes to pytest)"
+	@echo "make lint           ruff: rules and format"
+	@echo "make readme-tables  fill the tables of README.md from benchmarks/results"
+	@echo "make build          .venv with everything pinned in it, and the native module, compiled where it changed"
+	@echo "make clean          remove what was built; .venv stays"
 
 demo: build
 	.venv/bin/convkit demo $(ARGS)
+
+bench: build
+	.venv/bin/convkit bench $(ARGS)
 
 test: build
 	$(PY) -m pytest $(ARGS)
@@ -28,6 +33,9 @@ test: build
 lint: .venv/.requirements
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+readme-tables: build
+	$(PY) benchmarks/readme_tables.py
 
 build: .venv/.built
 

@@ -3,6 +3,7 @@
 import convkit, convkit.functional as CF, convkit.nn as cnn
 y = CF.conv2d(x, w, b, stride=2, padding=1, activation="relu")
 print(convkit.swap(model))    # in place; convkit.unswap(model) takes the kernels out again
+print(convkit.explain(model, example_input))    # what each layer takes, with convkit and with PyTorch
 """
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ _C = _load.load()
 
 from convkit import functional, nn  # noqa: E402  (the operators must be loaded first)
 from convkit.backends import set_winograd, winograd_enabled  # noqa: E402
+from convkit.explain import explain  # noqa: E402
 from convkit.swap import swap, unswap  # noqa: E402
 
-__all__ = ["__version__", "functional", "nn", "set_winograd", "swap", "unswap", "winograd_enabled"]
+__all__ = ["__version__", "explain", "functional", "nn", "set_winograd", "swap", "unswap", "winograd_enabled"]

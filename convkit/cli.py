@@ -138,6 +138,41 @@ def bench(
     )
 
 
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FACTORY", help="A function that returns the network; or the network itself."),
+    ],
+    input: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SIZES",
+            help="Its input, random numbers, as 8x3x224x224; again for a second one.",
+            show_default=False,
+        ),
+    ],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of parameters and input: f64, f32, bf16 or f16.")] = "f32",
+    layout: Annotated[str, typer.Option(help="Of parameters and input: nchw, or nhwc (channels_last).")] = "nchw",
+    evaluation: Annotated[bool, typer.Option("--eval", help="In evaluation mode: forward alone.")] = False,
+    json: Annotated[str | None, typer.Option(help="File for all that was found.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Say layer by layer what a network's time goes into, with convkit and with PyTorch."""
+    from convkit.explain_command import run_explain
+
+    run_explain(
+        model,
+        input,
+        device=device,
+        dtype=dtype,
+        layout=layout,
+        evaluation=evaluation,
+        json_file=json,
+        threads=threads,
+    )
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -146,7 +181,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, info, models):
+    for function in (demo, bench, explain, info, models):
         command.command()(function)
     return command
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.nn as cnn
 
@@ -324,6 +325,16 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _NoWrites(TorchDispatchMode):
+    """What a forward does to tensors that it was not given is not recorded but done: a step counted in a buffer would
+    count the recordings, and stand still in the rewritten forward."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.is_mutable:
+            raise _Unrecordable("it writes to a tensor that it was not given")
+        return function(*args, **(kwargs or {}))
+
+
 def _context() -> tuple[Any, ...]:
     """What a ``with`` may change around an operator and a record of the operators does not show."""
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
@@ -339,19 +350,19 @@ def _record(module: nn.Module, parameters: tuple[str, ...], everything: bool) ->
     for name, value in vars(module).items():
         vars(shadow)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
     vars(shadow)["training"] = everything
-    before, luck = _identities(shadow), _random_states()
+    before, luck = _identities(shadow), random_states()
     enabled = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
     try:
         for device in ("cpu", "cuda"):
             torch.set_autocast_enabled(device, everything)
-        with torch.set_grad_enabled(everything):
+        with torch.set_grad_enabled(everything), _NoWrites():
             graph = _Tracer(parameters).trace(shadow)
     finally:
         for device, was in zip(("cpu", "cuda"), enabled, strict=True):
             torch.set_autocast_enabled(device, was)
-        lucky = _random_states() != luck
+        lucky = random_states() != luck
         if lucky:
-            _set_random_states(luck)
+            set_random_states(luck)
     if lucky:
         raise _Unrecordable("it draws random numbers")
     if any(name.startswith("_tensor_constant") for name in vars(shadow)):
@@ -371,14 +382,15 @@ def _identities(module: nn.Module) -> dict[str, Any]:
     return {name: content(value) for name, value in vars(module).items()}
 
 
-def _random_states() -> bytes:
+def random_states() -> bytes:
+    """The states of the generators of Python, PyTorch (CPU) and, where it is loaded, NumPy."""
     numpy = sys.modules.get("numpy")
     return pickle.dumps(
         (random.getstate(), bytes(torch.get_rng_state().tolist()), None if numpy is None else numpy.random.get_state())
     )
 
 
-def _set_random_states(states: bytes) -> None:
+def set_random_states(states: bytes) -> None:
     python, torch_bytes, numpy = pickle.loads(states)
     random.setstate(python)
     torch.set_rng_state(torch.frombuffer(bytearray(torch_bytes), dtype=torch.uint8))

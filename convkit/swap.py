@@ -7,9 +7,12 @@ the ReLU are left alone; it is their owner whose class changes, to a subclass wi
 An nn.Sequential is one more such owner, and can always be recorded, so neighbours in one fuse whatever is around it.
 """
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +73,9 @@ class Report:
     __repr__ = __str__
 
 
-def swap(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> Report:
+def swap(
+    model: nn.Module, example_input: Any = None, *, exclude: str | Iterable[str] = (), only_faster: bool = False
+) -> Report:
     """Have convkit do the work of a model's 2-D convolutions, and of its batch norms that a ReLU follows; in place.
 
     Conv2d and ConvTranspose2d become convkit.nn's. BatchNorm2d + ReLU and BatchNorm2d + sum + ReLU are computed in one
@@ -82,27 +87,81 @@ def swap(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> Report:
 
     Every call starts from the unswapped model: swapping twice is swapping once, and the last ``exclude`` holds.
 
+    With ``only_faster`` the model is called once with ``example_input``, of which it keeps nothing, and each layer is
+    timed with convkit and with PyTorch in turns on inputs like those it got: forward and backward if the model is in
+    training mode, forward alone otherwise. Layers in which PyTorch is as fast are left. Times are kept in a file for
+    the next time (:mod:`convkit.decisions`; the environment variable ``CONVKIT_CACHE`` names its folder).
+
     Args:
         model: any module; it may itself be the layer.
+        example_input: what the model is to be fast for: a tensor, a tuple of arguments, or a dict of keyword ones.
         exclude: names of layers to leave, or patterns of names (``"layer4.*"``), as fnmatch takes them.
+        only_faster: swap only the layers in which convkit is faster than PyTorch; needs ``example_input``.
 
     Returns:
         A :class:`Report` with a row for every convolution and batch norm, those left with the reason.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module; example_input or only_faster without the other.
         RuntimeError: model is swapped already and cannot be unswapped (see :func:`unswap`).
+        What the model raises when it is called with example_input; it is then as it was before.
     """
-    unswap(model)
+    if only_faster != (example_input is not None):
+        got = "only_faster=True without example_input" if only_faster else "example_input without only_faster=True"
+        raise TypeError(f"swap got {got}: layers are timed on example_input to swap those alone that get faster")
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    with unswapped(model):
+        if only_faster:
+            from convkit.faster import find_faster  # which imports this module, and the benchmarks' timing
+
+            found = find_faster(model, patterns, example_input)
+        else:
+            found = find(model, patterns)
+    unswap(model)
+    for layer in found.replaced:
+        if isinstance(layer, _ConvNd):
+            _change_class(layer, _CONVOLUTIONS[type(layer)])
+    for module, fusion in found.fusions.items():
+        _change_class(module, fused_class(type(module)))
+        vars(module)[FUSION] = fusion
+    return Report(
+        Row(" = ".join(names), found.kinds[layer], found.replaced.get(layer), found.reasons.get(layer))
+        for layer, names in found.names.items()
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What can be swapped in a model that is not swapped: all are keyed by the layer, in the order of the model."""
+
+    names: dict[nn.Module, list[str]]
+    kinds: dict[nn.Module, str]
+    replaced: dict[nn.Module, str]
+    """What would do the layer's work; of the others, ``reasons`` says why they stay."""
+    reasons: dict[nn.Module, str]
+    fusions: dict[nn.Module, Fusion]
+    """New forwards of the modules that own fused layers."""
+
+    def residuals(self) -> set[nn.Module]:
+        """The batch norms to be fused with a residual."""
+        return {
+            owner.get_submodule(site.norm)
+            for owner, fusion in self.fusions.items()
+            for site in fusion.sites
+            if site.residual
+        }
+
+
+def find(model: nn.Module, exclude: Iterable[str] = (), left: Mapping[nn.Module, str] = MappingProxyType({})) -> Found:
+    """Looks for layers that convkit can serve, and changes nothing. ``left``: layers to leave, and why."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     layers = [module for module in names if isinstance(module, (_ConvNd, _BatchNorm))]
     reasons = {
         layer: "excluded"
-        if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer] for pattern in patterns)
-        else _why_not(layer)
+        if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer] for pattern in exclude)
+        else _why_not(layer) or left.get(layer)
         for layer in layers
     }
     norms = {layer for layer in layers if type(layer) is nn.BatchNorm2d and reasons[layer] is None}
@@ -111,8 +170,8 @@ def swap(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> Report:
     # Children before their owners: the reason of the innermost forward says most.
     for module, (name, *_) in reversed(names.items()):
         if not norms.isdisjoint(module.modules()) and module not in norms:
-            fusion, left = fuse(module, norms, _called(name))
-            for layer, reason in left.items():
+            fusion, unfused = fuse(module, norms, _called(name))
+            for layer, reason in unfused.items():
                 reasons[layer] = reasons[layer] or reason
             if fusion is not None:
                 fusions[module] = fusion
@@ -124,17 +183,30 @@ def swap(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> Report:
     for layer in layers:
         if type(layer) in _CONVOLUTIONS and reasons[layer] is None:
             replaced[layer] = f"convkit.nn.{_CONVOLUTIONS[type(layer)].__name__}"
-            _change_class(layer, _CONVOLUTIONS[type(layer)])
-    kinds = {layer: vars(layer).get(ORIGINAL, type(layer)).__name__ for layer in layers}
-    for module, fusion in fusions.items():
-        _change_class(module, fused_class(type(module)))
-        vars(module)[FUSION] = fusion
-    return Report(
-        Row(" = ".join(names[layer]), kinds[layer], replaced[layer])
-        if layer in replaced
-        else Row(" = ".join(names[layer]), kinds[layer], reason=reasons[layer])
-        for layer in layers
+    return Found(
+        {layer: names[layer] for layer in layers},
+        {layer: type(layer).__name__ for layer in layers},
+        {layer: replaced[layer] for layer in layers if layer in replaced},
+        {layer: reason for layer, reason in reasons.items() if layer not in replaced},
+        fusions,
     )
+
+
+@contextlib.contextmanager
+def unswapped(model: nn.Module) -> Iterator[None]:
+    """Within it the model is not swapped; afterwards it is as it was. Raises as :func:`unswap`."""
+    was = [
+        (module, type(module), {name: vars(module)[name] for name in (ORIGINAL, FUSION) if name in vars(module)})
+        for module in (model.modules() if isinstance(model, nn.Module) else ())
+        if ORIGINAL in vars(module)
+    ]
+    unswap(model)
+    try:
+        yield
+    finally:
+        for module, kind, attributes in was:
+            vars(module).update(attributes)
+            object.__setattr__(module, "__class__", kind)
 
 
 def unswap(model: nn.Module) -> None:

@@ -5,6 +5,8 @@
 
 namespace convkit {
 
+bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
+
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -120,14 +122,16 @@ bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
   int64_t channels = (input_grad ? a.c : a.k) / a.groups, width = input_grad ? (a.w + a.stride_w - 1) / a.stride_w : a.q;
   int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
-  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64);
+  int64_t height = (input_grad ? a.p : a.h) + 2 * (a.r - 1) * a.dilation_h;
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64) &&
+         height < 16 * (a.h + 64);
 }
 
 PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   PlanesPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.input_grad = pass == Pass::input_grad;
-  int64_t src_h = b.input_grad ? a.p : a.h, src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
+  int64_t src_w = b.input_grad ? a.q : a.w, src_c = (b.input_grad ? a.k : a.c) / a.groups;
   int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q, dst_c = (b.input_grad ? a.c : a.k) / a.groups;
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
   int64_t phases = b.input_grad ? std::min(a.stride_w, dst_w) : 1, sorted = b.input_grad ? 1 : a.stride_w;
@@ -136,18 +140,21 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   int64_t leftmost = b.input_grad ? -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w) : -a.pad_left;
   int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
   b.left = std::max<int64_t>(0, -leftmost);
-  b.columns = ceil_div(ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted) + lanes, lanes) * lanes;
+  b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
+  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * element, f);
   b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
   auto source_rows = [&](int64_t rows) {
-    return std::min(src_h, b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
+    return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
   };
+  b.bundle = std::clamp<int64_t>(lanes / std::min(src_c, dst_c), 1, a.groups);
   b.rows_per_task = dst_h;
-  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * src_c * element > kPlanesBytes ||
+  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * b.bundle * src_c * element > kPlanesBytes ||
                                  a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
-  b.rows = std::max<int64_t>(1, source_rows(b.rows_per_task));
+  b.rows = source_rows(b.rows_per_task);
   b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
-  b.scratch_bytes = ceil_div((src_c * b.rows * sorted * b.columns + lanes * 8 + dst_c * phases * b.outputs) * element + a.r * a.s * 12, 64) * 64;
+  int64_t elements = b.bundle * (src_c * b.rows * sorted * b.columns + dst_c * b.rows_per_task * phases * b.outputs);
+  b.scratch_bytes = ceil_div(elements * element + a.r * a.s * 12, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -156,8 +163,7 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   OuterPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.merge_taps = can_merge_taps(a);
-  b.stage_x = b.merge_taps || needs_staging(a.dtype, a.layout, a.c, a.h * a.w);
-  b.stage_grad = needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
+  b.stage_grad = !b.merge_taps || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : a.h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
@@ -175,15 +181,23 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   int64_t tiles = a.groups * b.row_tiles * b.taps * b.column_tiles;
   b.splits = std::clamp<int64_t>(ceil_div(32, tiles), 1, std::min<int64_t>(a.p, 8));
 
-  int64_t x_bytes = b.staged_h * b.staged_w * a.c * element, grad_bytes = a.p * a.q * a.k * element;
+  int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
+  int64_t grad_values = b.merge_taps ? a.k : a.groups * b.row_tiles * b.rows;
+  int64_t x_bytes = b.staged_h * b.staged_w * x_values * element, grad_bytes = a.p * a.q * grad_values * element;
   b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
   int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
   b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
 
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
   b.sums = ws.take(b.splits * b.sums_of_split * element);
-  b.x = ws.take(b.stage_x ? b.images_per_chunk * x_bytes : 0);
-  b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  int64_t x_rows = std::min(b.staged_h, (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1);
+  if (b.merge_taps) {
+    b.x = ws.take(b.images_per_chunk * x_bytes);
+    b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
+  } else {
+    b.x = ws.take(b.images_per_chunk * x_rows * b.staged_w * x_values * element);
+    b.grad = ws.take(b.images_per_chunk * b.rows_per_block * a.q * grad_values * element);
+  }
   return b;
 }
 
@@ -319,8 +333,6 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
 
 }  // namespace
 
-bool streams(int64_t bytes, const CpuFacts& f) { return bytes > f.l2_bytes * f.threads / 2; }
-
 ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd winograd) {
   ConvPlan plan{};
   Workspace ws;
@@ -375,8 +387,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
              num(b.rows_per_block) + " rows a block";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
-      if (b.stage_x || b.stage_grad)
-        out += std::string(", staged") + (b.stage_x ? " input" : "") + (b.stage_grad ? " gradient" : "");
+      out += b.stage_grad ? ", staged input and gradient" : ", staged input";
       break;
     }
     case ConvKernel::depthwise: {

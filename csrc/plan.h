@@ -50,9 +50,11 @@ struct RowsPlan {
 struct PlanesPlan {
   bool input_grad;
   int64_t rows_per_task;    // of the output
+  int64_t bundle;           // groups copied together, so that a copy has a vector of channels to work with
   int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
   int64_t columns;          // of a staged row, for each remainder of the column modulo the forward stride
   int64_t outputs;          // of a row, for each phase of the input gradient: whole vectors
+  bool stream;              // write past the caches
   int64_t chain;            // products summed before they are added to a total
   Piece weights, scratch;
   int64_t scratch_bytes;    // of one thread
@@ -61,7 +63,8 @@ struct PlanesPlan {
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
-  bool merge_taps, stage_x, stage_grad;
+  bool merge_taps;          // x is copied as padded images; else x and the gradient as panels, a block at a time
+  bool stage_grad;
   int64_t staged_h, staged_w;
   int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
   int64_t row_values, column_values, columns_padded;  // of a group

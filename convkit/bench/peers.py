@@ -19,6 +19,7 @@ from torch import Tensor
 import convkit.functional as CF
 from convkit.bench.problems import LAYOUTS, BatchNormProblem, ConvProblem
 from convkit.bench.results import OWN
+from convkit.bench.suites import family
 from convkit.ops import compute_dtype, ops
 
 __all__ = ["PEERS", "Call", "error", "keys", "operands", "prepare"]
@@ -33,9 +34,9 @@ Call = Callable[..., Tensor]
 def keys(problem: Problem, layouts: Sequence[str], peers: Sequence[str]) -> list[str]:
     """``who/layout`` of all that can be measured: convkit in ``layouts``, each peer in all of its own."""
     found = [f"{OWN}/{layout}" for layout in layouts]
-    depthwise = isinstance(problem, ConvProblem) and problem.is_depthwise
+    kind = family(problem)
     for peer in peers:
-        if peer == "native" and not depthwise or peer == "im2col" and not isinstance(problem, ConvProblem):
+        if peer == "native" and kind != "depthwise" or peer == "im2col" and kind == "batch-norm":
             continue
         found += [f"{peer}/{layout}" for layout in (["nchw"] if peer == "im2col" else LAYOUTS)]
     return found

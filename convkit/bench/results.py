@@ -210,7 +210,9 @@ class Row:
 
     def disturbed(self, machine: Machine) -> str | None:
         """What says that something else used the machine meanwhile; None if nothing does."""
-        jumping = [key for key, timing in self.times.items() if isinstance(timing, Timing) and timing.jumps > 0.1]
+        timings = {key: timing for key, timing in self.times.items() if isinstance(timing, Timing)}
+        # One sample of a few may be anything.
+        jumping = [key for key, t in timings.items() if t.jumps > 0.1 and t.jumps * len(t.samples) > 1.5]
         return disturbance(self.others, self.steal, machine.cores, machine.threads) or (
             f"times of {', '.join(jumping)} jump" if jumping else None
         )

@@ -24,6 +24,8 @@ __all__ = ["ceilings"]
 # None is 3 x 3 with stride 1, where Winograd's method, which leaves out products, would show more than the machine has.
 MATRIX = {"cpu": (1536, 8), "cuda": (8192, 256)}
 CONVOLUTIONS = ((512, 1), (128, 5))
+# MiB. On a GPU much more than its cache, which would keep what a smaller copy writes.
+COPIES = {"cpu": (4, 16, 64), "cuda": (256,)}
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -31,9 +33,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return DTYPES["f32" if dtype == "tf32" else dtype]
 
 
-def ceilings(
-    device: str, dtypes: Sequence[str], arena: Arena, *, in_cache: bool = False, budget_s: float = 0.15
-) -> Ceilings:
+def ceilings(device: str, dtypes: Sequence[str], arena: Arena, *, budget_s: float = 0.2) -> Ceilings:
     """Measures the rate of copies from ``arena``'s memory and from cache, and of matrix products in each dtype.
 
     A dtype in which nothing could be multiplied is missing from the rates.
@@ -52,16 +52,21 @@ def ceilings(
 
 
 def _best(work: Mapping[str, tuple[float, Callable | list[Callable]]], **budget) -> float | None:
-    """The highest rate, amount over median time, among (amount, call) by name."""
+    """The highest rate, amount over time, among (amount, call) by name.
+
+    The time is the first decile: a bound is what the machine does undisturbed, and the fastest call of all may be an
+    error of the clock.
+    """
     found = interleave({name: call for name, (_, call) in work.items()}, **budget)
-    return max((work[name][0] / t.median for name, t in found.items() if isinstance(t, Timing)), default=None)
+    samples = {name: sorted(timing.samples) for name, timing in found.items() if isinstance(timing, Timing)}
+    return max((work[name][0] / times[len(times) // 10] for name, times in samples.items()), default=None)
 
 
 def _copies(arena: Arena) -> dict[str, tuple[float, list[Callable]]]:
     """Copies as an operator makes them, of the next stretch of memory into what the allocator gives; and into memory
     of its own."""
     work = {}
-    for megabytes in (4, 16, 64):
+    for megabytes in COPIES[arena.device]:
         stretches = arena.stretches((megabytes << 20) // arena.dtype.itemsize)
         amount = 2 * (megabytes << 20)
         work[f"clone {megabytes}"] = amount, [stretch.clone for stretch in stretches]

@@ -91,7 +91,7 @@ def run_bench(
     if report is not None:
         _make_folder(report)
 
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
     try:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -105,8 +105,7 @@ def run_bench(
             min_rounds=ROUNDS["quick" if quick else "normal"],
             rotation_bytes=0 if in_cache else rotation_bytes(device),
         )
-        if device == "cuda":
-            torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True
         arenas: dict[torch.dtype, Arena] = {}
         results = _begin(settings, chosen_dtypes, cases, json, screen, arenas)
         done = {row.key for row in results.rows}
@@ -125,7 +124,8 @@ def run_bench(
             lost = f"{len(shown.rows)} of {len(cases)} rows were measured; with --json FILE they would be kept"
             raise Interrupted(f"interrupted: {lost if json is None else kept}") from None
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
     shown = _shown(results, cases)
     screen.show(shown, old)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from convkit.bench import BenchError
 from convkit.bench.problems import DTYPES, LAYOUTS, BatchNormProblem, ConvProblem
 
-__all__ = ["PASSES", "SUITES", "Case", "Layer", "Net", "cases", "layers", "words"]
+__all__ = ["PASSES", "SUITES", "Case", "Layer", "Net", "cases", "family", "layers", "parse", "words"]
 
 SUITES = ("dense", "depthwise", "batch-norm", "nets")
 FAMILY_PASSES = {
@@ -113,6 +113,13 @@ class Case:
         return None
 
 
+def family(problem: ConvProblem | BatchNormProblem) -> str:
+    """dense, depthwise or batch-norm. A picture of one channel is dense: it has one group like any other."""
+    if isinstance(problem, BatchNormProblem):
+        return "batch-norm"
+    return "depthwise" if problem.is_depthwise and problem.groups > 1 else "dense"
+
+
 def layers(device: str = "cpu") -> list[Layer]:
     """layers.tsv with the batch sizes for a device; a batch norm twice, without and with a residual."""
     found = []
@@ -128,7 +135,7 @@ def layers(device: str = "cpu") -> list[Layer]:
         else:
             c, h, w, k, r, s, stride, pad, groups = values
             problem = ConvProblem(n, c, h, w, k, r, s, (stride, stride), (pad,) * 4, (1, 1), groups)
-            found.append(Layer("depthwise" if problem.is_depthwise else "dense", name, problem, source))
+            found.append(Layer(family(problem), name, problem, source))
     return found
 
 
@@ -178,12 +185,9 @@ def cases(
                 found += _rows(suite, suite, name, problem, dtypes, layouts, passes)
     for text in problems:
         problem = parse(text)
-        family = "batch-norm"
-        if isinstance(problem, ConvProblem):
-            family = "depthwise" if problem.is_depthwise else "dense"
         own_dtypes = [problem.dtype] if re.search(f"_({'|'.join(DTYPES)})", text) else dtypes
         own_layouts = [problem.layout] if re.search(f"_({'|'.join(LAYOUTS)})", text) else layouts
-        found += _rows("problem", family, text, problem, own_dtypes, own_layouts, passes)
+        found += _rows("problem", family(problem), text, problem, own_dtypes, own_layouts, passes)
     for text in models:
         found += _rows("model", "nets", text.partition("@")[0], _net(text, device), dtypes, layouts, passes)
     if not found:

@@ -64,7 +64,8 @@ class Screen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 progress.update(task, description=f"{case.name} {case.pass_}")
@@ -207,6 +208,8 @@ def _number(value: float | None) -> str:
     """Three digits that count."""
     if not value:
         return NOTHING
+    if value < 0.01:
+        return f"{value:.1e}"
     return f"{value:.{2 if value >= 1 else 3}f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 

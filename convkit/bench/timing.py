@@ -27,7 +27,17 @@ from torch import Tensor
 
 from convkit.bench.results import Failure, Machine, Timing
 
-__all__ = ["Arena", "Usage", "interleave", "machine", "rotation_bytes", "short"]
+__all__ = [
+    "Arena",
+    "Usage",
+    "carve",
+    "carved_elements",
+    "heap_kept",
+    "interleave",
+    "machine",
+    "rotation_bytes",
+    "short",
+]
 
 # Rotating over twice a cache of hundreds of megabytes, of which a virtual machine owns some unknown share, would leave
 # no memory for the problem.
@@ -89,7 +99,7 @@ class Arena:
         count = max(1, min(at_most, self.size // (step * dtype.itemsize)))
         if self._block.numel() < count * step:
             wanted = max(count * step, self.size // dtype.itemsize)
-            self._block = None  # its memory is needed
+            self._block = self._block.new_empty(0)  # its memory is needed
             self._block = torch.empty(wanted, dtype=dtype, device=self.device)
             # The generator's own speed would make this take seconds: a few millions, over and over.
             pattern = torch.randn(min(wanted, (4 << 20) + 37), device=self.device).to(dtype)
@@ -157,7 +167,7 @@ def interleave(
             found[name] = Failure(short(error))
             return None
 
-    with _collector_off(), _heap_kept():
+    with _collector_off(), heap_kept():
         for name in functions:
             for _ in range(2):
                 if name not in found:
@@ -218,7 +228,7 @@ _USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536
 
 
 @contextlib.contextmanager
-def _heap_kept() -> Iterator[None]:
+def heap_kept() -> Iterator[None]:
     """Freed memory stays with the process, where the C library is glibc.
 
     It would go back to the system now and then, depending on sizes and on what was allocated before, and the next call
@@ -329,7 +339,8 @@ def _gpu() -> dict[str, Any]:
     uuid = f"GPU-{properties.uuid}"
     said = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits")
     if said and len(values := said.split(", ")) == len(names):
-        facts["driver_version"] = values[0]
+        cudnn = torch.backends.cudnn.version()
+        facts["driver_version"] = f"{values[0]}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
         for name, value in zip(names[1:], values[1:], strict=True):
             facts[name] = float(value) if value.replace(".", "").isdigit() else None
     return facts

@@ -148,30 +148,37 @@ def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
     run.save_result(training_step=speed)
 
 
+def results_table(results: Sequence[dict[str, Any]], *, expected: bool = True) -> list[list[str]]:
+    """The demo's table of the contents of result.json files: heads, then a line a network.
+
+    ``expected``: with the error that the recipe leads to.
+    """
+    heads = ["Parameters", "Test\nerror %", "Training\nseconds", "convkit\nimages/s", "PyTorch\nimages/s"]
+    table = [["Network", *heads[:2], *["Expected\nerror %"] * expected, *heads[2:]]]
+    for result in results:
+        speed, error, images = result["training_step"], result["test_error_percent"], result["test_images"]
+        digits = 1 if images < 5000 else 2
+        spread = math.sqrt(error * (100 - error) / images)
+        line = [models.entry(result["model"]).title, f"{result['parameters']:,}"]
+        line.append(f"{error:.{digits}f} ± {spread:.{digits}f}")
+        if expected:
+            line.append(f"{result['claimed_error_percent']:g}")
+        line.append(f"{result['seconds']:.1f}")
+        line += [f"{speed[b]['images_per_second']:,.0f}" if b in speed else "–" for b in ("convkit", "torch")]
+        table.append(line)
+    return table
+
+
 def _print_results(console: Any, runs: list[train.Run], threads: int, expected: bool) -> None:
     from rich import box
     from rich.table import Table
 
+    heads, *lines = results_table([run.result for run in runs], expected=expected)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # at most 80 characters wide
-    table.add_column("Network")
-    headings = ["Parameters", "Test\nerror %", "Training\nseconds", "convkit\nimages/s", "PyTorch\nimages/s"]
-    for heading in headings[:2] + ["Expected\nerror %"] * expected + headings[2:]:
-        table.add_column(heading, justify="right")
-    for run in runs:
-        speed = run.result["training_step"]
-        error = run.result["test_error_percent"]
-        digits = 1 if run.result["test_images"] < 5000 else 2
-        spread = math.sqrt(error * (100 - error) / run.result["test_images"])
-        cells = [
-            models.entry(run.recipe.model).title,
-            f"{run.parameters:,}",
-            f"{error:.{digits}f} ± {spread:.{digits}f}",
-        ]
-        if expected:
-            cells.append(f"{run.recipe.claimed_error:g}")
-        cells.append(f"{run.seconds:.1f}")
-        cells += [f"{speed[b]['images_per_second']:,.0f}" if b in speed else "–" for b in ("convkit", "torch")]
-        table.add_row(*cells)
+    for column, head in enumerate(heads):
+        table.add_column(head, justify="right" if column else "left")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     test_images = runs[0].result["test_images"]
     sizes = ", ".join(str(run.recipe.batch_size) for run in runs)

@@ -195,11 +195,14 @@ class _SimpLeNet(Network):
         return F.relu(self.fc1(self.features(x).flatten(1)))
 
 
-def _initialize(network: nn.Module) -> None:
-    """Convolutions before ReLUs as in He et al., "Delving Deep into Rectifiers", 2015: gradients keep their size."""
+def _initialize(network: nn.Module, mode: str) -> None:
+    """Convolutions before ReLUs as in He et al., "Delving Deep into Rectifiers", 2015.
+
+    ``mode``: ``fan_in`` keeps the size of activations, of depthwise convolutions too; ``fan_out`` that of gradients.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
 
 
 class _Chain(Network):
@@ -210,7 +213,7 @@ class _Chain(Network):
         self.normalize = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # to [-1, 1]
         self.trunk = nn.Sequential(OrderedDict(layers))
         self.output = nn.Linear(width, classes)
-        _initialize(self)
+        _initialize(self, "fan_in")
 
     @property
     def head(self) -> nn.Linear:
@@ -263,7 +266,7 @@ class _ResNet(Network):
             setattr(self, f"layer{number}", nn.Sequential(first, *rest))
             inputs = outputs
         self.fc = nn.Linear(inputs, classes)
-        _initialize(self)
+        _initialize(self, "fan_out")  # as torchvision
 
     @property
     def head(self) -> nn.Linear:

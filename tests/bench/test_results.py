@@ -117,9 +117,10 @@ def test_differences():
 def test_a_busy_machine_is_named():
     calm, busy = row("a", convkit_nhwc=1e-3), dataclasses.replace(row("b"), others=0.9)
     stolen = dataclasses.replace(row("c"), steal=0.2)
-    jumping = dataclasses.replace(row("d"), times={"torch/nhwc": Timing((1.0, 1.0, 1.0, 2.0))})
+    jumping = dataclasses.replace(row("d"), times={"torch/nhwc": Timing((1.0, 2.0, 1.0, 1.0, 2.0))})
+    once = dataclasses.replace(row("f"), times={"torch/nhwc": Timing((1.0, 1.0, 2.0))})
     unknown = dataclasses.replace(row("e"), others=None, steal=None)
-    run = results(calm, busy, stolen, jumping, unknown)
+    run = results(calm, busy, stolen, jumping, once, unknown)
     assert run.disturbances() == [
         "b fprop: other programs kept 0.9 of 2 cores busy",
         "c fprop: the host took 0.2 of 2 cores away",

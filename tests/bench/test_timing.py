@@ -85,6 +85,13 @@ def test_stretches_of_an_arena(dtype):
     assert large.isfinite().all() and 0.9 < large.double().std() < 1.1 and abs(large.double().mean()) < 0.1
 
 
+def test_an_arena_outlives_a_problem_that_is_too_large():
+    arena = Arena(torch.float32, "cpu", 1000)
+    with pytest.raises(RuntimeError):
+        arena.stretches(1 << 50)
+    assert len(arena.stretches(10)[0]) == 10
+
+
 def test_an_arena_that_stays_in_cache():
     assert len(Arena(torch.float32, "cpu", 0).stretches(8)) == 1
 

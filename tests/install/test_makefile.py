@@ -60,5 +60,5 @@ def test_no_headers(clone):
 
 def test_help_is_what_make_alone_prints(clone):
     printed = subprocess.run(["make"], cwd=clone, check=True, capture_output=True, text=True).stdout
-    for target in ("demo", "test", "lint", "build", "clean"):
+    for target in ("demo", "bench", "test", "lint", "build", "clean"):
         assert f"make {target}" in printed

@@ -445,6 +445,38 @@ def test_forwards_that_cannot_be_rewritten(make, reason):
     assert not fused(model) and any(re.search(f"cannot be recorded: .*{reason}", row.reason) for row in report.left)
 
 
+class Counting(nn.Module):
+    """Its forward writes to a buffer, in one of several ways; recorded, it would count the recordings and then stop."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.bn, self.count = nn.BatchNorm2d(3), count
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, x):
+        self.count(self)
+        return F.relu(self.bn(x))
+
+
+COUNTS = {
+    "in_place": lambda self: self.calls.add_(1),
+    "a_part": lambda self: self.calls[1].add_(1),
+    "data": lambda self: self.calls.data.mul_(2).add_(1),
+    "a_childs": lambda self: self.bn.num_batches_tracked.add_(1),
+    "out": lambda self: torch.add(self.calls, 1, out=self.calls),
+}
+
+
+@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
+def test_writes_to_buffers_go_on(count):
+    model = build(lambda: Counting(count))
+    reference = copy.deepcopy(model)
+    report = convkit.swap(model)
+    assert not fused(model) and "it writes to a tensor that it was not given" in row(report, "bn").reason
+    assert_close(model.state_dict(), reference.state_dict())
+    assert_same_behaviour(model, reference, images())
+
+
 def test_forward_on_the_instance_is_kept():
     model = build(lambda: Ends(FUSED["sum"]))
     model.forward = lambda x: x + 1

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 import convkit.nn
 from convkit.lab import LabError, models
 
-COUNTS = {"fc64": 50_890, "fc256_fc256": 269_322, "simplenet": 233_196}
+COUNTS = {
+    "fc64": 50_890,
+    "fc256_fc256": 269_322,
+    "simplenet": 233_196,
+    "cifar_baseline": 7_790_794,
+    "cifar_mobilenet": 1_165_962,
+    "resnet18": 11_689_512,
+}
 LAYERS = {
     "fc64": ["fc1", "output"],
     "fc256_fc256": ["fc1", "fc2", "output"],
@@ -20,13 +27,23 @@ LAYERS = {
 def test_parameters_and_keys_are_exact(name, backend):
     model = models.build(name, backend=backend)
     assert models.count_parameters(model) == COUNTS[name]
-    assert list(model.state_dict()) == [f"{layer}.{kind}" for layer in LAYERS[name] for kind in ("weight", "bias")]
+    keys = [key for key, _ in model.named_parameters()]
+    if name in LAYERS:
+        assert keys == [f"{layer}.{kind}" for layer in LAYERS[name] for kind in ("weight", "bias")]
+        assert keys == list(model.state_dict())
+
+
+def test_resnet_has_the_keys_of_published_weights():
+    keys = set(models.build("resnet18").state_dict())
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer4.1.bn2.bias", "fc.bias"} <= keys
+    assert {"layer2.0.downsample.0.weight", "layer2.0.downsample.1.num_batches_tracked"} <= keys
+    assert "layer1.0.downsample.0.weight" not in keys and len(keys) == 122
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_contract(name):
     entry = models.entry(name)
-    model = entry.builder(classes=7, backend="torch")
+    model = entry.builder(classes=7, backend="torch").eval()
     x = torch.rand(3, *entry.input_shape)
     embedded = model.embed(x)
     assert embedded.shape == (3, model.head.in_features)
@@ -51,21 +68,32 @@ def test_normalisation_is_the_first_layer_and_follows_the_dtype():
     assert model.double()(x.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", sorted(models.MODELS))
+@pytest.mark.parametrize("name", sorted(LAYERS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_one_step_is_the_same_with_both_backends(name, dtype, tolerance, few):
     images, labels = next(few.train.batches(19))
+    torch.testing.assert_close(*_steps(name, images.to(dtype), labels), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar_baseline", 16), ("cifar_mobilenet", 16), ("resnet18", 64)])
+def test_one_step_of_a_network_that_is_swapped(name, size):
+    images = torch.rand(3, 3, size, size, dtype=torch.float64)
+    torch.testing.assert_close(*_steps(name, images, torch.tensor([0, 3, 9])), rtol=1e-8, atol=1e-10)
+
+
+def _steps(name, images, labels):
+    """Logits, gradients and state after a step of SGD, with each backend."""
     results = []
     for backend in models.BACKENDS:
         torch.manual_seed(3)
-        model = models.build(name, backend=backend).to(dtype)
+        model = models.build(name, backend=backend).to(images.dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        logits = model(images.to(dtype))
+        logits = model(images)
         F.cross_entropy(logits, labels).backward()
         gradients = {key: p.grad for key, p in model.named_parameters()}
         optimizer.step()
         results.append((logits, gradients, model.state_dict()))
-    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    return results
 
 
 def test_names_are_forgiving_and_unknown_ones_get_the_nearest():

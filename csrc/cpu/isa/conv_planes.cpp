@@ -4,7 +4,8 @@
 // sums of MC channels x NV vectors of neighbouring pixels stay in registers, each step loads NV vectors of a source row and
 // broadcasts MC weights. 3 x 8 and 8 x 3 fill AVX-512's registers: 11 loads for 24 multiply-adds.
 // A task copies its part of the source to planes with zeros around them, columns sorted by their remainder modulo the
-// stride, so that neighbouring outputs read neighbouring memory whatever the stride.
+// stride, so that neighbouring outputs read neighbouring memory whatever the stride, and rows of the same phase see the
+// same taps: the vectors of a tile come from as many rows as it takes to fill it.
 #include "../kernels.h"
 #include "staging.h"
 #include "vec.h"
@@ -14,20 +15,20 @@ namespace convkit::cpu::CONVKIT_ISA {
 namespace {
 
 template <class T> struct PlanesTile {
-  const T* x;                // first output's source, without the taps' offsets
+  const T* x;
+  const int64_t *from, *to;  // each vector's offset from x, without the taps', and from out
   int64_t channels, plane;   // source channels, and elements from one to the next
-  const int64_t* offsets;    // of the taps that are inside
+  const int64_t* offsets;    // of the taps
   const int32_t* taps;       // their numbers
   int64_t tap_count;
   const T* weights;          // [source channel][tap][MC]
   int64_t weights_of_channel;
   int64_t chain;             // source channels summed before they are added to a total
-  T* out;                    // [MC][out_stride]
-  int64_t out_stride;
+  T* out;
+  int64_t out_stride;        // elements from channel to channel
 };
 
 template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(const PlanesTile<T>& a) {
-  constexpr int L = kLanes<T>;
   vec<T> total[MC][NV] = {};
   for (int64_t first = 0; first < a.channels; first += a.chain) {
     vec<T> sum[MC][NV];
@@ -41,7 +42,7 @@ template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(co
         const T* x = plane + a.offsets[t];
         const T* w = weights + a.taps[t] * MC;
         vec<T> pixels[NV];
-        CONVKIT_UNROLL for (int v = 0; v < NV; ++v) pixels[v] = held(load(x + v * L));
+        CONVKIT_UNROLL for (int v = 0; v < NV; ++v) pixels[v] = held(load(x + a.from[v]));
         CONVKIT_UNROLL for (int m = 0; m < MC; ++m) {
           vec<T> wm = broadcast(w[m]);
           CONVKIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] += wm * pixels[v];
@@ -52,7 +53,7 @@ template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(co
       CONVKIT_UNROLL for (int v = 0; v < NV; ++v) total[m][v] += sum[m][v];
   }
   CONVKIT_UNROLL for (int m = 0; m < MC; ++m)
-    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) store(a.out + m * a.out_stride + v * L, total[m][v]);
+    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) store(a.out + m * a.out_stride + a.to[v], total[m][v]);
 }
 
 template <class T> using PlanesTileFn = void (*)(const PlanesTile<T>&);
@@ -88,6 +89,7 @@ template <class S> struct Planes {
   // Forward, neighbouring outputs are a stride apart in the source; going back, a stride apart in the destination.
   int64_t sorted = plan.input_grad ? 1 : p.stride_w, phases = plan.input_grad ? min_of(p.stride_w, dst_w) : 1;
   int64_t row_size = sorted * plan.columns;
+  bool streamed = plan.stream && dst_c % L == 0 && plan.bundle * dst_cg % L == 0 && streamable(a.dst);
 
   Planes(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -109,116 +111,133 @@ template <class S> struct Planes {
   // Where column x (from -plan.left on) of a staged row stands.
   int64_t place(int64_t x) const { return sorted == 1 ? x + plan.left : (x + plan.left) % sorted * plan.columns + (x + plan.left) / sorted; }
 
-  // Rows [first, first + rows) of one group's source channels -> planes[channel][row][place].
-  void stage(const S* image, int64_t group, int64_t first, int64_t rows, T* planes) const {
-    fill_zero(planes, src_cg * plan.rows * row_size);
+  // Rows [first, first + plan.rows) of channels [channel, channel + channels) -> planes[channel][row][place]. What is left
+  // and right of the image is zero already.
+  void stage(const S* image, int64_t channel, int64_t channels, int64_t first, T* planes) const {
     int64_t plane = plan.rows * row_size;
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < plan.rows; ++i) {
       T* to = planes + i * row_size;
+      if (first + i < 0 || first + i >= src_h) {
+        for (int64_t c = 0; c < channels; ++c) fill_zero(to + c * plane, row_size);
+        continue;
+      }
       if (p.layout == Layout::nchw) {
-        for (int64_t c = 0; c < src_cg; ++c) {
-          const S* line = image + ((group * src_cg + c) * src_h + first + i) * src_w;
+        for (int64_t c = 0; c < channels; ++c) {
+          const S* line = image + ((channel + c) * src_h + first + i) * src_w;
           if (sorted == 1) copy_values(line, to + c * plane + plan.left, src_w);
           else for (int64_t x = 0; x < src_w; ++x) to[c * plane + place(x)] = get(line + x);
         }
       } else {
-        const S* line = image + (first + i) * src_w * src_c + group * src_cg;
-        if (sorted == 1) transpose_block(line, src_c, to + plan.left, plane, src_w, src_cg);
+        const S* line = image + (first + i) * src_w * src_c + channel;
+        if (sorted == 1) transpose_block(line, src_c, to + plan.left, plane, src_w, channels);
         else for (int64_t x = 0; x < src_w; ++x)
-          for (int64_t c = 0; c < src_cg; ++c) to[c * plane + place(x)] = get(line + x * src_c + c);
+          for (int64_t c = 0; c < channels; ++c) to[c * plane + place(x)] = get(line + x * src_c + c);
       }
     }
   }
 
-  // A finished row, out[channel][phase][plan.outputs], to the destination.
-  void emit(const T* out, S* image, int64_t group, int64_t i) const {
-    int64_t channel_size = phases * plan.outputs;
-    if (phases == 1 && p.layout == Layout::nhwc)
-      return transpose_block(out, channel_size, image + i * dst_w * dst_c + group * dst_cg, dst_c, dst_cg, dst_w);
-    for (int64_t m = 0; m < dst_cg; ++m) {
-      bool nchw = p.layout == Layout::nchw;
-      S* to = image + (nchw ? ((group * dst_cg + m) * dst_h + i) * dst_w : i * dst_w * dst_c + group * dst_cg + m);
-      int64_t step = nchw ? 1 : dst_c;
-      if (phases == 1) {
-        copy_values(out + m * channel_size, to, dst_w);
+  // Finished rows, out[channel][row][phase][plan.outputs], to rows [first, last) of the destination.
+  void emit(const T* out, S* image, int64_t channel, int64_t channels, int64_t first, int64_t last) const {
+    int64_t row = phases * plan.outputs, channel_size = plan.rows_per_task * row;
+    for (int64_t i = first; i < last; ++i, out += row) {
+      if (phases == 1 && p.layout == Layout::nhwc) {
+        transpose_block(out, channel_size, image + i * dst_w * dst_c + channel, dst_c, channels, dst_w, streamed);
         continue;
       }
-      for (int64_t phase = 0; phase < phases; ++phase)
-        for (int64_t q = 0, w = phase; w < dst_w; ++q, w += phases) put(to + w * step, out[m * channel_size + phase * plan.outputs + q]);
+      for (int64_t m = 0; m < channels; ++m) {
+        bool nchw = p.layout == Layout::nchw;
+        S* to = image + (nchw ? ((channel + m) * dst_h + i) * dst_w : i * dst_w * dst_c + channel + m);
+        int64_t step = nchw ? 1 : dst_c;
+        if (phases == 1) {
+          copy_values(out + m * channel_size, to, dst_w);
+          continue;
+        }
+        for (int64_t phase = 0; phase < phases; ++phase)
+          for (int64_t q = 0, w = phase; w < dst_w; ++q, w += phases) put(to + w * step, out[m * channel_size + phase * plan.outputs + q]);
+      }
     }
+  }
+
+  // Rows [first, last) of one group: phase by phase, vectors of all rows of a phase in turn.
+  void compute(const T* planes, int64_t group, int64_t first, int64_t last, T* out, int64_t* offsets, int32_t* numbers) const {
+    int64_t most = most_vectors(int(dst_cg)), out_row = phases * plan.outputs, phases_h = plan.input_grad ? p.stride_h : 1;
+    PlanesTile<T> tile;
+    int64_t from[8], to[8];
+    tile.x = planes, tile.from = from, tile.to = to;
+    tile.channels = src_cg, tile.plane = plan.rows * row_size;
+    tile.offsets = offsets, tile.taps = numbers;
+    tile.weights = weights + group * src_cg * taps * dst_cg;
+    tile.weights_of_channel = taps * dst_cg;
+    tile.out = out, tile.out_stride = plan.rows_per_task * out_row;
+    for (int64_t i = first; i < min_of(last, first + phases_h); ++i)
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        Taps down = taps_at(i, p.r, p.stride_h, p.pad_top, p.dilation_h, plan.input_grad);
+        Taps across = taps_at(phase, p.s, p.stride_w, p.pad_left, p.dilation_w, plan.input_grad);
+        tile.tap_count = 0;
+        for (int64_t r = 0; r < down.count; ++r)
+          for (int64_t s = 0; s < across.count; ++s) {
+            offsets[tile.tap_count] = (down.source + r * down.source_step - source_row(first)) * row_size + place(across.source + s * across.source_step);
+            numbers[tile.tap_count++] = int32_t((down.first + r * down.step) * p.s + across.first + s * across.step);
+          }
+        tile.chain = sizeof(T) == 8 ? src_cg : max_of<int64_t>(1, plan.chain / max_of<int64_t>(1, tile.tap_count));
+        int64_t of_row = ceil_div(ceil_div(dst_w - phase, phases), L), all = of_row * ceil_div(last - i, phases_h);
+        int64_t row_step = (plan.input_grad ? 1 : p.stride_h) * row_size;
+        int64_t tiles = ceil_div(all, most);
+        for (int64_t t = 0; t < tiles; ++t) {
+          int64_t begin = all * t / tiles, count = all * (t + 1) / tiles - begin;
+          for (int64_t v = 0; v < count; ++v) {
+            int64_t row = (begin + v) / of_row, column = (begin + v) % of_row * L;
+            from[v] = row * row_step + column;
+            to[v] = (i - first + row * phases_h) * out_row + phase * plan.outputs + column;
+          }
+          planes_tile_for<T>(int(dst_cg), int(count))(tile);
+        }
+      }
+  }
+
+  // First source row that output row i reaches, in the image or above it.
+  int64_t source_row(int64_t i) const {
+    if (!plan.input_grad) return i * p.stride_h - p.pad_top;
+    int64_t at = i + p.pad_top - p.dilation_h * (p.r - 1);
+    return at >= 0 ? at / p.stride_h : -ceil_div(-at, p.stride_h);
   }
 
   void run() const {
     pack();
-    int64_t pieces = ceil_div(dst_h, plan.rows_per_task), plane = plan.rows * row_size, channel_size = phases * plan.outputs;
-    int most = most_vectors(int(dst_cg));
+    int64_t pieces = ceil_div(dst_h, plan.rows_per_task), plane = plan.rows * row_size;
+    int64_t out_channel = plan.rows_per_task * phases * plan.outputs;
     parallel(pool, p.n * pieces, [&](int64_t begin, int64_t end, int thread) {
-      char* scratch = ws + plan.scratch.offset + thread * plan.scratch_bytes;
-      T* planes = reinterpret_cast<T*>(scratch);
-      T* out = planes + src_cg * plane;
-      int64_t* offsets = reinterpret_cast<int64_t*>(out + dst_cg * channel_size);
+      T* planes = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+      T* out = planes + plan.bundle * src_cg * plane;
+      int64_t* offsets = reinterpret_cast<int64_t*>(out + plan.bundle * dst_cg * out_channel);
       int32_t* numbers = reinterpret_cast<int32_t*>(offsets + taps);
+      fill_zero(planes, plan.bundle * src_cg * plane);
       for (int64_t task = begin; task < end; ++task) {
         int64_t image = task / pieces, first = task % pieces * plan.rows_per_task, last = min_of(dst_h, first + plan.rows_per_task);
-        Range rows = source_rows(first, last);
-        for (int64_t group = 0; group < p.groups; ++group) {
-          stage(static_cast<const S*>(a.src) + image * src_h * src_w * src_c, group, rows.begin, rows.end - rows.begin, planes);
-          PlanesTile<T> tile;
-          tile.channels = src_cg, tile.plane = plane;
-          tile.offsets = offsets, tile.taps = numbers;
-          tile.weights = weights + group * src_cg * taps * dst_cg;
-          tile.weights_of_channel = taps * dst_cg;
-          tile.out_stride = channel_size;
-          for (int64_t i = first; i < last; ++i) {
-            Taps down = taps_at(i, p.r, p.stride_h, p.pad_top, p.dilation_h, plan.input_grad);
-            Range inside_rows = inside(down.count, down.source_step, down.source - rows.begin, rows.end - rows.begin);
-            for (int64_t phase = 0; phase < phases; ++phase) {
-              Taps across = taps_at(phase, p.s, p.stride_w, p.pad_left, p.dilation_w, plan.input_grad);
-              tile.tap_count = 0;
-              for (int64_t r = inside_rows.begin; r < inside_rows.end; ++r)
-                for (int64_t s = 0; s < across.count; ++s) {
-                  offsets[tile.tap_count] = (down.source + r * down.source_step - rows.begin) * row_size + place(across.source + s * across.source_step);
-                  numbers[tile.tap_count++] = int32_t((down.first + r * down.step) * p.s + across.first + s * across.step);
-                }
-              tile.chain = sizeof(T) == 8 ? src_cg : max_of<int64_t>(1, plan.chain / max_of<int64_t>(1, tile.tap_count));
-              int64_t vectors = ceil_div(ceil_div(dst_w - phase, phases), L);
-              int64_t tiles = ceil_div(vectors, most), width = ceil_div(vectors, tiles);
-              for (int64_t v = 0; v < vectors; v += width) {
-                tile.x = planes + v * L;
-                tile.out = out + phase * plan.outputs + v * L;
-                planes_tile_for<T>(int(dst_cg), int(min_of(width, vectors - v)))(tile);
-              }
-            }
-            finish(out, group);
-            emit(out, static_cast<S*>(a.dst) + image * dst_h * dst_w * dst_c, group, i);
-          }
+        const S* src = static_cast<const S*>(a.src) + image * src_h * src_w * src_c;
+        S* dst = static_cast<S*>(a.dst) + image * dst_h * dst_w * dst_c;
+        for (int64_t group = 0; group < p.groups; group += plan.bundle) {
+          int64_t groups = min_of(plan.bundle, p.groups - group);
+          stage(src, group * src_cg, groups * src_cg, source_row(first), planes);
+          for (int64_t g = 0; g < groups; ++g) compute(planes + g * src_cg * plane, group + g, first, last, out + g * dst_cg * out_channel, offsets, numbers);
+          finish(out, group * dst_cg, groups * dst_cg);
+          emit(out, dst, group * dst_cg, groups * dst_cg, first, last);
         }
       }
+      if (streamed) fence();
     });
   }
 
-  void finish(T* out, int64_t group) const {
+  void finish(T* out, int64_t channel, int64_t channels) const {
     if (a.bias == nullptr && !a.relu) return;
-    int64_t channel_size = phases * plan.outputs;
-    for (int64_t m = 0; m < dst_cg; ++m) {
-      T shift = a.bias == nullptr ? T(0) : T(get(static_cast<const S*>(a.bias) + group * dst_cg + m));
+    int64_t channel_size = plan.rows_per_task * phases * plan.outputs;
+    for (int64_t m = 0; m < channels; ++m) {
+      T shift = a.bias == nullptr ? T(0) : T(get(static_cast<const S*>(a.bias) + channel + m));
       for (int64_t j = 0; j < channel_size; j += L) {
         vec<T> v = load(out + m * channel_size + j) + broadcast(shift);
         store(out + m * channel_size + j, a.relu ? relu<T>(v) : v);
       }
     }
-  }
-
-  // Source rows that outputs [begin, end) reach.
-  Range source_rows(int64_t begin, int64_t end) const {
-    int64_t reach = p.dilation_h * (p.r - 1);
-    Range rows{begin * p.stride_h - p.pad_top, (end - 1) * p.stride_h - p.pad_top + reach + 1};
-    if (plan.input_grad) {
-      auto floor_div = [](int64_t x, int64_t y) { return x >= 0 ? x / y : -ceil_div(-x, y); };
-      rows = {floor_div(begin + p.pad_top - reach, p.stride_h), floor_div(end - 1 + p.pad_top, p.stride_h) + 1};
-    }
-    rows = {max_of<int64_t>(0, rows.begin), max_of<int64_t>(0, min_of(rows.end, src_h))};
-    return {rows.begin, max_of(rows.begin, rows.end)};
   }
 };
 

@@ -9,8 +9,10 @@
 namespace convkit::cpu::CONVKIT_ISA {
 
 // to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time, in registers.
+// `streamed`: whole vectors of `to` are written past the caches; it and to_stride are aligned then.
 template <class S, class D>
-CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns) {
+CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns,
+                                    bool streamed = false) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>;
   for (int64_t j = 0; j < columns; j += L)
@@ -22,11 +24,18 @@ CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, i
       if (ni == L && nj == L) {
         CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = load(line + k * from_stride);
         transpose<T>(square);
+        if constexpr (sizeof(D) == sizeof(T)) {
+          if (streamed) {
+            CONVKIT_UNROLL for (int k = 0; k < L; ++k) stream(out + k * to_stride, square[k]);
+            continue;
+          }
+        }
         CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(out + k * to_stride, square[k]);
       } else {
-        for (int k = 0; k < L; ++k) square[k] = k < ni ? load_n(line + k * from_stride, nj) : vec<T>{};
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = k < ni ? load_n(line + k * from_stride, nj) : vec<T>{};
         transpose<T>(square);
-        for (int k = 0; k < nj; ++k) store_n(out + k * to_stride, square[k], ni);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k)
+          if (k < nj) store_n(out + k * to_stride, square[k], ni);
       }
     }
 }

@@ -1,0 +1,142 @@
+"""Fills the tables of README.md from the files in benchmarks/results, and lists those files in their README.md.
+
+A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is
+the name of a file in benchmarks/results without its ``.json``. VIEW is left out for a result of ``make demo``; for one
+of ``convkit bench --json`` it is ``means``, or a family (dense, depthwise, batch-norm, nets). ``--check`` writes
+nothing and exits with status 1 where a table is not up to date. ``make readme-tables`` runs this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convkit.bench import BenchError
+from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table, version
+from convkit.bench.results import Results
+from convkit.lab import LabError
+from convkit.lab.demo import results_table
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"^<!-- table:", re.MULTILINE)
+MARKED = re.compile(r"^<!-- table:(.*?)-->\n(.*?)^<!-- end -->", re.DOTALL | re.MULTILINE)
+LIST_HEADS = ("file", "what", "machine", "date", "PyTorch", "convkit")
+
+
+def markdown(lines: list[list[str]], align: str) -> str:
+    """Heads and lines as a markdown table; ``align`` has l or r for each column."""
+    rule = [":---" if side == "l" else "---:" for side in align]
+    cells = [lines[0], rule, *lines[1:]]
+    return "\n".join("| " + " | ".join(text.replace("\n", " ") for text in line) + " |" for line in cells)
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.json")))
+        raise SystemExit(f"no file {path.name} in {path.parent}; there are: {known or 'none'}") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or not ("runs" in data or "rows" in data):
+        raise SystemExit(f"{path}: neither a result of `make demo` nor one of `convkit bench --json`")
+    return data
+
+
+def demo_table(data: dict[str, Any]) -> str:
+    """The table with which the demo ends, smallest network first."""
+    runs = sorted(data["runs"].values(), key=lambda run: run["training_step"]["torch"]["median_ms"])
+    table = results_table(runs)
+    return markdown(table, "l" + "r" * (len(table[0]) - 1))
+
+
+def bench_table(path: Path, view: str) -> str:
+    results = Results.load(path)
+    views: dict[str, Callable[[], Any]] = {
+        "means": lambda: summary_table(results),
+        **{family: lambda family=family: short_table(results, family) for family in FAMILIES},
+        NETS: lambda: net_table(results),
+    }
+    if view not in views:
+        raise SystemExit(f"README.md: table of {path.stem}: got view '{view}'; accepts {', '.join(views)}")
+    table = views[view]()
+    if not table.rows:
+        raise SystemExit(f"README.md: table of {path.stem}: the file has nothing for '{view}'")
+    return table.markdown()
+
+
+def filled(text: str, folder: Path) -> str:
+    """The text with each marked table made anew from the files in ``folder``."""
+
+    def table(found: re.Match) -> str:
+        name, _, view = found[1].strip().partition(" ")
+        path = folder / f"{name}.json"
+        content = demo_table(data) if "runs" in (data := read(path)) else bench_table(path, view.strip())
+        return f"<!-- table:{found[1]}-->\n{content}\n<!-- end -->"
+
+    if len(MARK.findall(text)) != len(MARKED.findall(text)):
+        raise SystemExit("README.md: a '<!-- table: … -->' has no '<!-- end -->' after it")
+    return MARKED.sub(table, text)
+
+
+def listed(folder: Path) -> str:
+    """The README.md of the results: what each file is."""
+    lines = [list(LIST_HEADS)]
+    for path in sorted(folder.glob("*.json")):
+        data = read(path)
+        lines.append([f"[{path.name}]({path.name})", *(_demo_facts(data) if "runs" in data else _bench_facts(path))])
+    return (
+        "# Results\n\nMeasured on these machines; the numbers of the project's README are made from these files. "
+        "Made by `make readme-tables`.\n\n" + markdown(lines, "l" * len(LIST_HEADS)) + "\n"
+    )
+
+
+def _demo_facts(data: dict[str, Any]) -> list[str]:
+    env = data["env"]
+    return [
+        f"`{data['command']}`",
+        data["machine"],
+        data["date"],
+        env["torch"],
+        f"{env['convkit']} ({env['git'][:12]})",
+    ]
+
+
+def _bench_facts(path: Path) -> list[str]:
+    results = Results.load(path)
+    machine, rows = results.machine, results.rows
+    families, dtypes, peers = (
+        ", ".join(dict.fromkeys(names))
+        for names in ((r.family for r in rows), (r.dtype for r in rows), results.settings.peers)
+    )
+    where = machine.gpu or f"{machine.cpu}, {machine.isa}, {machine.threads} threads on {machine.cores} cores"
+    busy = ", busy meanwhile" if results.disturbances() else ""
+    what = f"`convkit bench`: {len(rows)} rows of {families}; {dtypes}; peers {peers}"
+    return [what, where + busy, machine.date[:10], machine.torch, version(machine)]
+
+
+def main(arguments: list[str]) -> None:
+    folder, stale = ROOT / "benchmarks" / "results", []
+    readme = ROOT / "README.md"
+    for path, text in (
+        (readme, filled(readme.read_text(encoding="utf-8"), folder)),
+        (folder / "README.md", listed(folder)),
+    ):
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    if stale and "--check" in arguments:
+        raise SystemExit(f"not up to date: {', '.join(stale)}; type: make readme-tables")
+    print(f"{'written: ' + ', '.join(stale) if stale else 'the tables are up to date'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (BenchError, LabError) as error:
+        raise SystemExit(str(error)) from None

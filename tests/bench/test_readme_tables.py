@@ -1,0 +1,76 @@
+"""README.md and benchmarks/results/README.md say what the result files say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from result_checks import many, results
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+readme_tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(readme_tables)
+
+
+def test_readme_is_in_sync_with_the_result_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.MARKED.search(text)
+    assert readme_tables.filled(text, RESULTS) == text, "type: make readme-tables"
+    assert readme_tables.listed(RESULTS) == (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def test_check_says_what_is_stale(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    results(many()).save(folder / "cpu.json")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table: cpu means -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="not up to date: README.md, benchmarks/results/README.md; type: make readme"):
+        readme_tables.main(["--check"])
+    readme_tables.main([])
+    readme_tables.main(["--check"])
+    assert capsys.readouterr().out.splitlines()[-1] == "the tables are up to date"
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table: cpu means -->\n| family |") and text.endswith("\n<!-- end -->\nafter\n")
+    assert "[cpu.json](cpu.json)" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("view", ["means", "dense", "depthwise", "batch-norm", "nets"])
+def test_views_of_a_run(tmp_path, view):
+    results(many()).save(tmp_path / "cpu.json")
+    text = readme_tables.filled(f"<!-- table: cpu {view} -->\n<!-- end -->\n", tmp_path)
+    assert len(text.splitlines()) > 4 and readme_tables.filled(text, tmp_path) == text
+
+
+def test_demo_table():
+    (path,) = RESULTS.glob("demo-*.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    table = readme_tables.demo_table(data)
+    for run in data["runs"].values():
+        assert (
+            f"{run['parameters']:,}" in table and f"{run['training_step']['torch']['images_per_second']:,.0f}" in table
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: nothing -->\n<!-- end -->\n", "no file nothing.json in .*; there are: broken, cpu, other"),
+        ("<!-- table: cpu -->\n<!-- end -->\n", "got view ''; accepts means, dense, depthwise, batch-norm, nets"),
+        ("<!-- table: cpu all -->\n<!-- end -->\n", "got view 'all'; accepts means"),
+        ("<!-- table: cpu means -->\n", "has no '<!-- end -->'"),
+        ("<!-- table: cpu means -->\n<!-- table: cpu means -->\n<!-- end -->\n", "has no '<!-- end -->'"),
+        ("<!-- table: broken -->\n<!-- end -->\n", "cannot be read"),
+        ("<!-- table: other -->\n<!-- end -->\n", "neither a result of `make demo`"),
+    ],
+)
+def test_wrong_marks(tmp_path, text, message):
+    results(many()).save(tmp_path / "cpu.json")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(SystemExit, match=message):
+        readme_tables.filled(text, tmp_path)
