@@ -84,6 +84,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.merge_taps = !b.input_grad && can_merge_taps(a);
   b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
   b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
+  b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * element, f);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : b.src_h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;

@@ -34,6 +34,7 @@ struct RowsPlan {
   bool input_grad;          // source pixel of (dst pixel, tap): divide by the stride instead of multiplying
   bool merge_taps;          // few channels: the taps of a filter row and their channels are one run of a padded copy
   bool stage_src, stage_dst;  // through a channels-last copy in the arithmetic's type, a few images at a time
+  bool stream;              // write past the caches
   int64_t staged_h, staged_w;  // size of a staged source image (padded when merge_taps)
   int64_t taps, depth;      // pointers a row, and channels behind each
   int64_t group_columns;    // output channels of a group

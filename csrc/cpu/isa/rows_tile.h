@@ -40,6 +40,7 @@ template <class T, class S> struct RowsTile {
   const T* scale;         // per column or null
   const T* bias;          // per column or null
   bool relu;
+  bool streamed;          // write past the caches: every dst + dst_offset is aligned, and columns are whole vectors
 };
 
 template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_tile(const RowsTile<T, S>& a) {
@@ -104,6 +105,16 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
       CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = relu<T>(acc[m][v]);
 
+  if constexpr (sizeof(S) == sizeof(T))
+    if (a.streamed) {
+      CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+        if (m == a.valid_rows) break;
+        S* out = a.dst[m] + a.dst_offset;
+        CONVKIT_UNROLL for (int v = 0; v < NV; ++v)
+          if (v * L < a.columns) stream(out + v * L, acc[m][v]);
+      }
+      return;
+    }
   if (a.columns == NV * L) {
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
       if (m == a.valid_rows) break;

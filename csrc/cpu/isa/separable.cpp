@@ -125,6 +125,7 @@ template <class S> void run(const SeparableArgs& a, const Pool& pool) {
           t.scale = a.scale == nullptr ? nullptr : scale + tile * z.width;
           t.bias = a.shift == nullptr ? nullptr : shift + tile * z.width;
           t.relu = a.relu;
+          t.streamed = false;
           kernel(t);
         }
       unstage_pixels(out, a.filters, static_cast<S*>(a.y) + image * pixels_of_image * a.filters, p.layout, pixels_of_image, a.filters,
