@@ -93,6 +93,11 @@ def summary_table(results: Results) -> Table:
     return Table(heads, tuple(rows), texts=4)
 
 
+def _what(row: Row, layout: str, results: Results) -> tuple[Cell, ...]:
+    """Which measurement a line is about: five cells."""
+    return (_name(row, results), Cell(row.problem), Cell(row.pass_), Cell(row.dtype), Cell(layout))
+
+
 def layer_table(results: Results, families: Iterable[str] = FAMILIES) -> Table:
     """A line for each pass of each layer and each layout of convkit: all times in milliseconds, medians."""
     rows = [row for row in results.rows if row.family in families]
@@ -105,11 +110,7 @@ def layer_table(results: Results, families: Iterable[str] = FAMILIES) -> Table:
             best, floor, error = row.best_peer(), row.floor_fraction(layout), row.errors.get(f"{OWN}/{layout}")
             lines.append(
                 (
-                    _name(row, results),
-                    Cell(row.problem),
-                    Cell(row.pass_),
-                    Cell(row.dtype),
-                    Cell(layout),
+                    *_what(row, layout, results),
                     *(_time(row, who) for who in (f"{OWN}/{layout}", *peers)),
                     Cell("" if best is None else _who(best), kind="name"),
                     _ratio(row.ratio(layout)),
@@ -159,11 +160,7 @@ def net_table(results: Results) -> Table:
             memory = (row.memory.get(f"{who}/{layout}") for who in (OWN, "torch"))
             lines.append(
                 (
-                    _name(row, results),
-                    Cell(row.problem),
-                    Cell(row.pass_),
-                    Cell(row.dtype),
-                    Cell(layout),
+                    *_what(row, layout, results),
                     *(_speed(row, who) for who in (f"{OWN}/{layout}", *peers)),
                     Cell("" if best is None else _who(best), kind="name"),
                     _ratio(row.ratio(layout)),

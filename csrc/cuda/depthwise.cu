@@ -452,6 +452,17 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2) depthwise_nchw_wg
 
 // ---- anything else -------------------------------------------------------------------------------------------------------
 
+// Turns an output coordinate into the source coordinate of a tap; false in the padding and between strides.
+template <bool input_grad>
+__device__ __forceinline__ bool find_source(int64_t& at, int64_t tap, int64_t stride, int64_t pad, int64_t dilation, int64_t size) {
+  at = input_grad ? at + pad - tap * dilation : at * stride - pad + tap * dilation;
+  if (input_grad) {
+    if (at < 0 || at % stride != 0) return false;
+    at /= stride;
+  }
+  return at >= 0 && at < size;
+}
+
 // One output a thread, lanes along the dimension that is dense in memory. Any size, stride, dilation and multiplier.
 template <class S, bool nhwc, bool input_grad> __global__ void __launch_bounds__(256) depthwise_generic(ConvArgs a) {
   using T = compute_t<S>;
@@ -474,19 +485,11 @@ template <class S, bool nhwc, bool input_grad> __global__ void __launch_bounds__
       int64_t k = input_grad ? channel * multiplier + m : channel;
       const S* weight = static_cast<const S*>(a.weight) + k * a.weight_strides.k;
       for (int64_t r = 0; r < p.r; ++r) {
-        int64_t row = input_grad ? y + p.pad_top - r * p.dilation_h : y * p.stride_h - p.pad_top + r * p.dilation_h;
-        if (input_grad) {
-          if (row < 0 || row % p.stride_h != 0) continue;
-          row /= p.stride_h;
-        }
-        if (row < 0 || row >= src_h) continue;
+        int64_t row = y;
+        if (!find_source<input_grad>(row, r, p.stride_h, p.pad_top, p.dilation_h, src_h)) continue;
         for (int64_t s = 0; s < p.s; ++s) {
-          int64_t column = input_grad ? x + p.pad_left - s * p.dilation_w : x * p.stride_w - p.pad_left + s * p.dilation_w;
-          if (input_grad) {
-            if (column < 0 || column % p.stride_w != 0) continue;
-            column /= p.stride_w;
-          }
-          if (column < 0 || column >= src_w) continue;
+          int64_t column = x;
+          if (!find_source<input_grad>(column, s, p.stride_w, p.pad_left, p.dilation_w, src_w)) continue;
           sum += source(input_grad ? k : k / multiplier, row, column) * widen(weight[r * a.weight_strides.r + s * a.weight_strides.s]);
         }
       }

@@ -5,7 +5,8 @@ import json
 import os
 
 import pytest
-from bench_checks import CEILINGS, MACHINE, SETTINGS, results, row
+from bench_checks import CEILINGS, SETTINGS, results, row
+from machines import MACHINE
 
 from convkit.bench import BenchError
 from convkit.bench.results import Failure, Results, Timing

@@ -1,7 +1,8 @@
 """Times without timing: see measure_checks.Clock."""
 
 import pytest
-from measure_checks import CEILINGS, MACHINE, Clock
+from machines import MACHINE
+from measure_checks import CEILINGS, Clock
 
 import convkit.bench.roofline
 import convkit.bench.timing

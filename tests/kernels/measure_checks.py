@@ -6,31 +6,9 @@ import torch
 
 import convkit.bench.timing
 import convkit.measure
-from convkit.bench.results import Ceilings, Machine
+from convkit.bench.results import Ceilings
 from convkit.measure import PASSES, Seconds, Task
 
-MACHINE = Machine(
-    date="2026-01-02T03:04:05+00:00",
-    cpu="Some CPU",
-    isa="avx2",
-    cores=2,
-    threads=2,
-    l2_bytes=1 << 20,
-    llc_bytes=None,
-    clock_mhz=None,
-    gpu=None,
-    driver=None,
-    gpu_clock_mhz=None,
-    memory_clock_mhz=None,
-    system="Linux",
-    python="3.11.7",
-    torch="2.13.0",
-    convkit="0.1.0",
-    revision=None,
-    native="ba9876543210",
-    load_average=0.1,
-    others=0.0,
-)
 CEILINGS = Ceilings(copy_bytes_per_s=1e9, copy_in_cache_bytes_per_s=None, flops_per_s={"f32": 1e10, "f64": 1e10})
 
 

@@ -198,8 +198,7 @@ template <class S> struct Planes {
   // First source row that output row i reaches, in the image or above it.
   int64_t source_row(int64_t i) const {
     if (!plan.input_grad) return i * p.stride_h - p.pad_top;
-    int64_t at = i + p.pad_top - p.dilation_h * (p.r - 1);
-    return at >= 0 ? at / p.stride_h : -ceil_div(-at, p.stride_h);
+    return floor_div(i + p.pad_top - p.dilation_h * (p.r - 1), p.stride_h);
   }
 
   void run() const {

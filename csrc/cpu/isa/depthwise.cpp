@@ -109,7 +109,6 @@ template <class S> struct Depthwise {
   Range source_rows(int64_t begin, int64_t end) const {
     int64_t reach = p.dilation_h * (p.r - 1);
     if (!input_grad) return {begin * p.stride_h - p.pad_top, (end - 1) * p.stride_h - p.pad_top + reach + 1};
-    auto floor_div = [](int64_t x, int64_t y) { return x >= 0 ? x / y : -ceil_div(-x, y); };
     return {floor_div(begin + p.pad_top - reach, p.stride_h), floor_div(end - 1 + p.pad_top, p.stride_h) + 1};
   }
 

@@ -51,6 +51,7 @@ template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 template <class T> CONVKIT_INLINE constexpr T min_of(T a, T b) { return b < a ? b : a; }
 template <class T> CONVKIT_INLINE constexpr T max_of(T a, T b) { return a < b ? b : a; }
 CONVKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CONVKIT_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 // x - 0 keeps every value, -0 and NaN included, so that the compiler turns this into a plain broadcast.
 template <class T> CONVKIT_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "emulation.h"
+#include "cuda/emulation/emulation.h"
 #include "torch/tensors.h"
 
 namespace py = pybind11;
