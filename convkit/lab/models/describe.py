@@ -207,9 +207,9 @@ class _Undrawn(TorchFunctionMode):
 
 
 def undrawn(entry: Entry, **options: Any) -> nn.Module:
-    """A network of the registry on the meta device, in milliseconds."""
+    """A network of the registry on the meta device, in milliseconds; on PyTorch's backend unless options say else."""
     with torch.device("meta"), _Undrawn():
-        return entry.builder(backend="torch", **options)
+        return entry.builder(**{"backend": "torch"} | options)
 
 
 def summary(entries: Iterable[Entry]) -> list[dict[str, Any]]:
