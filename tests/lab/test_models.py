@@ -97,6 +97,7 @@ SMALL = {
 }
 # Dense layers as wide as the published ones would cost seconds and show nothing more.
 OPTIONS = {name: {"hidden": 32} for name in ("alexnet", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")}
+LARGE = ("resnet101", "resnet152", "inception_v4")
 NAMES = sorted(models.MODELS)
 
 
@@ -295,7 +296,7 @@ def assert_same_step(ours, theirs, tolerance):
             assert error <= tolerance * max(largest[key], 1e-3 * max(largest.values())), (key, error, largest[key])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in NAMES])
 def test_one_step_is_the_same_with_both_backends(name):
     ours, theirs = steps(name, pictures(name), torch.tensor([0, 3, 2]), **OPTIONS.get(name, {}))
     assert_same_step(ours, theirs, 1e-8)
@@ -329,7 +330,7 @@ def test_norms(name):
         kinds = {"batch": "BatchNorm2d", "instance": "InstanceNorm2d", "group": "GroupNorm"}
         found = {type(m).__name__ for m in model.modules()} & set(kinds.values())
         assert found == ({kinds[norm]} if norm in kinds else set())
-        if norm == "none" and name != "shrunk_resnet":  # what would have had one has a bias
+        if norm == "none":  # what would have had one has a bias
             convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
             assert sum(m.bias is None for m in convolutions) == 0 or "preact" in name
     with pytest.raises(models.OptionError, match="norm must be one of 'batch', .*'none', got 'layer'"):

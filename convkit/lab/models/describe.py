@@ -78,7 +78,7 @@ def layers(model: nn.Module, input_shape: tuple[int, int, int] | None = None) ->
             twin(torch.empty(1, *shape, device="meta", dtype=_dtype(twin)))
     except (RuntimeError, ValueError) as error:
         sizes, message = "×".join(map(str, shape)), str(error).partition("\n")[0]
-        raise LabError(f"input_shape: {type(model).__name__} does not take pictures of {sizes}: {message}") from None
+        raise LabError(f"input_shape: {_kind(model)} does not take pictures of {sizes}: {message}") from None
     for name, module in twin.named_modules():
         if module not in seen and (own := list(module.parameters(recurse=False))):
             found.append(_layer(name, module, own))
@@ -135,7 +135,7 @@ def _multiply_adds(module: nn.Module, input: Tensor, output: Any) -> int:
 
 
 def _kind(module: nn.Module) -> str:
-    """The class, without what swap or a backend made of it; of a convolution what it does."""
+    """The class; of a convolution what it does."""
     if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return type(module).__name__.removeprefix("_")
     name = "conv" if isinstance(module, nn.Conv2d) else "transposed"
