@@ -2,6 +2,7 @@
 
 ``models``   registry of networks, each a plain builder function
 ``data``     data sets as uint8 tensors, split and shuffled reproducibly
+``augment``  batches of pictures changed at random, on the device
 ``recipes``  frozen dataclasses with every hyper-parameter of a training run, its source and the number to expect
 ``train``    the training loop and the run folder it writes
 ``plots``    the pictures

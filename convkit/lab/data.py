@@ -8,6 +8,7 @@ of the pictures in any epoch can be had again without replaying the epochs befor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from convkit.lab import LabError
+from convkit.lab.augment import Augment
 
 __all__ = [
     "Data",
@@ -72,6 +74,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its pictures."""
+        return tuple(self.images.shape[1:])
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same pictures on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
     def select(self, index: Tensor) -> Split:
         """The pictures at ``index`` (int64)."""
         return Split(self.images[index], self.labels[index])
@@ -82,19 +93,58 @@ class Split:
             return self
         return self.select(stratified_split(self.labels, count / len(self), SPLIT_SEED)[1])
 
-    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the pixels in [0, 1], a number a channel each."""
+        levels = torch.arange(256, dtype=torch.float64)
+        means, deviations = [], []
+        for channel in self.images.unbind(1):
+            counts = channel.flatten().bincount(minlength=256).cpu().double()
+            mean = float(counts @ levels / counts.sum())
+            means.append(mean / 255)
+            deviations.append(math.sqrt(float(counts @ (levels - mean) ** 2 / counts.sum())) / 255)
+        return tuple(means), tuple(deviations)
+
+    def batches(
+        self,
+        size: int,
+        order: Tensor | None = None,
+        *,
+        augment: Augment | None = None,
+        seed: int | Sequence[int] | None = None,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (pictures float32 (B, C, H, W) in [0, 1], labels (B,)); the last batch may be smaller.
 
-        ``order`` (int64) says which pictures in which sequence; all of them as they are stored if it is absent.
-        """
-        for start in range(0, len(self) if order is None else len(order), size):
-            part = slice(start, start + size)
-            images, labels = (self.images[part], self.labels[part]) if order is None else self._at(order[part])
-            yield images.float() / 255, labels
+        ``order`` (int64) says which pictures in which sequence; all of them as they are stored if it is absent. With
+        ``augment`` (see :func:`convkit.lab.augment.parse`), the pictures are changed at random: what becomes of the
+        picture at a place in the sequence depends on ``seed`` (integers of at least 0, such as (seed, epoch)) and that
+        place alone, whatever the size of the batches and wherever they start. Two views of the same pictures are two
+        iterators with different seeds.
 
-    def _at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = index.to(self.images.device)
-        return self.images[index], self.labels[index]
+        ``start``: number of the first batch, to go on in the middle of an epoch. ``shard``: (rank, processes), the part
+        of every batch that one of several processes takes; put together in the order of the ranks, the parts are the
+        batches of one process. It can be empty in the last batch.
+        """
+        if augment is not None and seed is None:
+            raise ValueError("batches: augment needs a seed")
+        count = len(self) if order is None else len(order)
+        numbers = None
+        if augment is not None:
+            # A few numbers a picture, for the whole sequence at once: a resumed run finds its place without replaying,
+            # and nothing is drawn or copied between batches. Drawn on the CPU: every device sees the same pictures.
+            numbers = torch.rand(count, augment.draws, generator=_generator(seed)).to(self.images.device)
+        if order is not None:
+            order = order.to(self.images.device)
+        rank, processes = shard
+        for first in range(start * size, count, size):
+            length = min(size, count - first)
+            part = slice(first + length * rank // processes, first + length * (rank + 1) // processes)
+            index = part if order is None else order[part]
+            images = self.images[index].float() / 255
+            if augment is not None:
+                images = augment.apply(images, numbers[part])
+            yield images, self.labels[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +165,56 @@ class Data:
             self, train=self.train.take(train), val=self.val.take(val), test=self.test.take(test)
         )
 
+    def to(self, device: torch.device | str) -> Data:
+        """The same set with its pictures on ``device``."""
+        return dataclasses.replace(
+            self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device)
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its pictures."""
+        return self.train.shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the training pixels in [0, 1], a number a channel."""
+        return self._moments[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of the training pixels in [0, 1], a number a channel."""
+        return self._moments[1]
+
+    @functools.cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.train.moments()
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of all that training sees: classes, pictures and labels of train and val."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.train, self.val):
+            digest.update(repr(tuple(split.images.shape)).encode())
+            for tensor in (split.images, split.labels):
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def summary(self) -> str:
+        """One line: name, source and sizes."""
+        counts = f"{len(self.train):,} to train, {len(self.val):,} to validate, {len(self.test):,} to test"
+        return f"Data: {self.name}, {self.source}: {counts}."
+
     def describe(self) -> dict[str, object]:
         """What a run's config.json says about its data."""
         sizes = {name: len(getattr(self, name)) for name in ("train", "val", "test")}
-        shape = list(self.train.images.shape[1:])
-        return {"name": self.name, "source": self.source, "shape": shape, "classes": list(self.classes), **sizes}
+        classes = list(self.classes)
+        return {"name": self.name, "source": self.source, "shape": list(self.shape), "classes": classes, **sizes}
+
+
+def _generator(seed: int | Sequence[int]) -> torch.Generator:
+    """Random numbers that depend on all of ``seed``; close seeds give unrelated ones."""
+    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -146,43 +241,23 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return torch.cat(rest).sort().values, torch.cat(taken).sort().values
 
 
-def load(choice: str | None = None) -> tuple[Data, str]:
-    """The data set that ``choice`` names, and a line that says which it is and why.
+def load(name: str | None = None) -> Data:
+    """The data set called ``name``; None: mnist if the folder CONVKIT_DATA has it, else digits5k.
 
-    None: MNIST if the environment variable CONVKIT_DATA names a folder that has it, else digits5k. ``"digits5k"``.
-    ``"mnist"``: from CONVKIT_DATA. Anything else: a folder with the four MNIST files, in it or in its ``mnist``
-    subfolder. DataError if the set is not there or not whole.
+    DataError if the set is not there or not whole.
     """
     variable = os.environ.get("CONVKIT_DATA")
-    if choice == "digits5k" or (choice is None and not variable):
-        data = digits5k()
-        return data, _summary(data)
-    if choice in (None, "mnist"):
-        if not variable:
-            raise DataError(
-                "data mnist: set CONVKIT_DATA to the folder that has the four MNIST files (idx, .gz or not)"
-            )
-        folder = Path(variable).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"CONVKIT_DATA={variable}: no such folder; correct it, or unset it to use digits5k")
-    else:
-        folder = Path(choice).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"data {choice!r}: neither digits5k, mnist, nor a folder that exists")
-    files = find_mnist(folder)
-    if files is not None:
-        data = mnist(files)
-        return data, _summary(data)
-    looked = f"none of the MNIST files (such as {MNIST_FILES['train images']}.gz) is in it or in its mnist subfolder"
-    if choice is None:
-        data = digits5k()
-        return data, f"CONVKIT_DATA={variable}: {looked}; using digits5k instead.\n{_summary(data)}"
-    raise DataError(f"{folder}: {looked}")
-
-
-def _summary(data: Data) -> str:
-    counts = f"{len(data.train):,} to train, {len(data.val):,} to validate, {len(data.test):,} to test"
-    return f"Data: {data.name}, {data.source}: {counts}."
+    folder = Path(variable).expanduser() if variable else None
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"CONVKIT_DATA={variable}: no such folder; correct it, or unset it to use digits5k")
+    files = find_mnist(folder) if folder is not None else None
+    if name == "digits5k" or (name is None and files is None):
+        return digits5k()
+    if name not in (None, "mnist"):
+        raise DataError(f"data {name!r}: neither digits5k nor mnist")
+    if files is None:
+        raise DataError("data mnist: set CONVKIT_DATA to the folder that has the four MNIST files (idx, .gz or not)")
+    return mnist(files)
 
 
 def _from_arrays(name: str, source: str, train: Split, test: Split) -> Data:

