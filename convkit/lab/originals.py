@@ -214,7 +214,7 @@ class _Resuming:
             total = int(length) + (done if resumed else 0) if length else None
             with open(self.part, "ab" if resumed else "wb") as file, _progress(url, total) as advance:
                 advance(done if resumed else 0)
-                for chunk in response.iter_content(1 << 16):
+                for chunk in response.iter_content(1 << 13):  # a chunk that breaks off is lost
                     file.write(chunk)
                     advance(len(chunk))
 
@@ -333,7 +333,7 @@ def _members(published: Published, place: Path) -> Iterator[tuple[str, str, byte
         missing.remove(name)
         yield name, path, raw
     if missing:
-        raise DataError(f"{place}: {', '.join(sorted(missing))} missing; {REMEDY}")
+        raise DataError(f"{place}: {', '.join(sorted(missing))} missing: truncated or something else; {REMEDY}")
 
 
 def _from_folder(published: Published, place: Path) -> Iterator[tuple[str, str, bytes]]:
