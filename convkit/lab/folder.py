@@ -76,7 +76,7 @@ class Pictures:
             collate_fn=_collate,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would not be the same
         )
-        waiting = torch.empty(0, 3, RESIZE, RESIZE, dtype=torch.uint8)
+        waiting = torch.empty(0, 3, RESIZE, RESIZE, dtype=torch.uint8, device=self.device)
         chunks = iter(loader)
         try:
             for part in parts:
@@ -85,11 +85,11 @@ class Pictures:
                     chunk = next(chunks)
                     if isinstance(chunk, str):
                         raise DataError(chunk)
-                    pieces.append(chunk)
+                    pieces.append(chunk.to(self.device, non_blocking=True))
                     count += len(chunk)
                 together = torch.cat(pieces)
                 waiting = together[len(part) :]
-                yield together[: len(part)].to(self.device, non_blocking=True)
+                yield together[: len(part)]
         finally:
             del chunks  # stops the workers; with a traceback that keeps it, they would wait for the garbage collector
 

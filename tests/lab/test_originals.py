@@ -303,7 +303,9 @@ def test_a_broken_archive_is_named(small_cifar):
         ({"data": np.zeros((20, 3072), np.int16), "labels": [0] * 20}, "pictures int16"),
         ({"data": np.zeros((19, 3072), np.uint8), "labels": [0] * 20}, "with 20 labels"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, "labels from 0 to 9"),
-        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]}, "labels from 0 to 9"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]}, "has no labels"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [[1]]}, "has no labels"),
+        ({"data": np.zeros((), np.uint8), "labels": []}, "has no data|pictures uint8"),
     ],
 )
 def test_what_is_in_a_cifar_file_is_checked(tmp_path, monkeypatch, table, message):
