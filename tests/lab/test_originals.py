@@ -515,6 +515,16 @@ def test_a_part_of_something_else_does_not_stay_in_the_way(server, tmp_path):
     assert originals.fetch(originals.PUBLISHED["mnist"], name).read_bytes() == server.files[name]
 
 
+def test_two_that_want_the_same_file_fetch_it_once(server):
+    name = "train-images-idx3-ubyte.gz"
+    both = [threading.Thread(target=originals.fetch, args=(originals.PUBLISHED["mnist"], name)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert server.requests == [(name, None)]
+
+
 def test_not_found_tries_the_next_mirror(server, monkeypatch):
     publish(monkeypatch, "mnist", mirrors=(f"{server.address}gone/", server.address))
     assert len(data.load("mnist").test) == 20
