@@ -20,10 +20,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One epoch on a few hundred pictures.")] = False,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="digits5k, mnist (from CONVKIT_DATA), or a folder with the four MNIST files. "
-            "Default: mnist if CONVKIT_DATA has it, else digits5k."
-        ),
+        typer.Option(help="digits5k or mnist. Default: mnist if the folder CONVKIT_DATA has it, else digits5k."),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
     epochs: Annotated[
@@ -66,6 +63,23 @@ def describe(
     from convkit.lab.models.describe import describe_model
 
     describe_model(name, input, as_json=json)
+
+
+def data(
+    name: Annotated[
+        str,
+        typer.Argument(help="digits5k, mnist, fashion_mnist, cifar10, cifar100, or folder:PATH, a sub-folder a class."),
+    ],
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="For the gallery, as 'pad_crop:4 flip'. Default: each known step alone."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder for the galleries.")] = "gallery",
+) -> None:
+    """Show what is in a data set (fetched if it is not at hand), and draw pictures of it, plain and augmented."""
+    from convkit.lab.data_command import run_data
+
+    run_data(name, augmentation=augment, out=out)
 
 
 def bench(
@@ -182,7 +196,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, explain, info, models, describe):
+    for function in (demo, bench, data, explain, info, models, describe):
         command.command()(function)
     return command
 

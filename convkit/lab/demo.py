@@ -20,6 +20,7 @@ from convkit.lab.recipes import Recipe
 __all__ = ["DEMO_MODELS", "run_demo", "step_times"]
 
 DEMO_MODELS = ("fc64", "fc256_fc256", "simplenet")
+DEMO_DATA = ("digits5k", "mnist")
 QUICK_IMAGES = {"train": 400, "val": 100, "test": 200}
 
 
@@ -35,9 +36,9 @@ def run_demo(
 ) -> list[train.Run]:
     """Trains and tests the three networks, times a training step of each, and prints a table.
 
-    ``quick``: one epoch on a few hundred pictures, to see that everything works. ``choice``: the data set, see
-    :func:`convkit.lab.data.load`. ``epochs``: instead of each recipe's own. ``threads``: instead of torch's own number.
-    Returns the runs; their result.json holds all that the table shows.
+    ``quick``: one epoch on a few hundred pictures, to see that everything works. ``choice``: digits5k or
+    mnist; see :func:`convkit.lab.data.load` for the default. ``epochs``: instead of each recipe's own. ``threads``:
+    instead of torch's own number. Returns the runs; their result.json holds all that the table shows.
     """
     require("rich", "matplotlib")
     from rich.console import Console
@@ -46,8 +47,10 @@ def run_demo(
     _check(epochs=epochs, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
-    digits, message = data.load(choice)
-    _say(console, message)
+    if choice not in (None, *DEMO_DATA):
+        raise LabError(f"data {choice!r}: the demo has recipes for {' and '.join(DEMO_DATA)}")
+    digits = data.load(choice)
+    _say(console, digits.summary())
     if quick:
         digits = digits.take(**QUICK_IMAGES)
         _say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
