@@ -111,8 +111,8 @@ def test_models_lists_the_registry(capsys):
     assert status == 0
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert set(models.MODELS) <= set(lines)
-    assert "233,196" in lines["simplenet"] and "2.10 M" in lines["simplenet"] and "0.79 %" in lines["simplenet"]
-    assert "322.64 M" in lines["cifar_baseline"] and "TMLSS" in lines["cifar_baseline"]
+    assert "233,196" in lines["simplenet"] and " 2.10 " in lines["simplenet"] and "0.79 %" in lines["simplenet"]
+    assert " 322.64 " in lines["cifar_baseline"] and "TMLSS" in lines["cifar_baseline"]
 
 
 def test_models_takes_a_pattern_and_gives_json(capsys):

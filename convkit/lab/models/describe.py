@@ -63,6 +63,8 @@ def layers(model: nn.Module, input_shape: tuple[int, int, int] | None = None) ->
 
     def note(name: str):
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not inputs or not isinstance(inputs[0], Tensor):  # called with something else than a feature map
+                return
             own = [] if module in seen else list(module.parameters(recurse=False))
             changed = isinstance(output, Tensor) and output.shape != inputs[0].shape
             if own or _multiply_adds(module, inputs[0], output) or (changed and not any(module.children())):
@@ -250,18 +252,16 @@ def list_models(glob: str = "*", *, as_json: bool = False) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in ("Name", "Parameters", "Multiply-adds", "Input"):
-        table.add_column(head, justify="right" if head in ("Parameters", "Multiply-adds") else "left", no_wrap=True)
-    table.add_column("Claimed", overflow="fold")
-    table.add_column("Source", overflow="fold")
+    for head in ("Name", "Parameters", "Multiply-\nadds, 10⁶", "Input"):
+        table.add_column(head, justify="left" if head in ("Name", "Input") else "right", no_wrap=True)
+    table.add_column("Claimed; source", overflow="fold")
     for one in found:
         table.add_row(
             one["name"],
             f"{one['parameters']:,}",
-            f"{one['multiply_adds'] / 1e6:,.2f} M",
+            f"{one['multiply_adds'] / 1e6:,.2f}",
             "×".join(map(str, one["input_shape"])),
-            one["claimed"],
-            one["source"],
+            "; ".join(filter(None, (one["claimed"], one["source"]))),
         )
     _console().print(table)
 
