@@ -1,4 +1,4 @@
-"""The CUDA kernels on a machine without a GPU: builds and loads the emulator's module (csrc/cuda/emulation)."""
+"""Where the CUDA kernels can run: on a GPU, or in the emulator (csrc/cuda/emulation), whose module is built here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def cuda_include() -> Path | None:
     folders += [Path(found).resolve().parents[1]] if found else []
     folders.append(Path("/usr/local/cuda"))
     return next((folder / "include" for folder in folders if (folder / "include/cuda_bf16.h").exists()), None)
+
+
+def why_no_gpu() -> str | None:
+    """Why the kernels can't run on a GPU here, or None."""
+    import convkit  # noqa: F401 (loads the operators)
+
+    if not torch.cuda.is_available():
+        return "no GPU that PyTorch sees"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("convkit::conv2d", "CUDA"):
+        return "this build of convkit has no CUDA kernels"
+    return None
 
 
 def why_not() -> str | None:
