@@ -271,7 +271,7 @@ def test_workspace_is_on_the_stream_that_uses_it():
     assert all(torch.equal(result, right) for result in results)
 
 
-# ---- more than 2^31 elements -------------------------------------------------------------------------------------------
+# ---- more than 2^31 elements ---------------------------------------------------------------------------------------
 
 NEEDED = 40 << 30
 FREE = torch.cuda.mem_get_info()[0] if WHY_NOT is None else 0
