@@ -103,7 +103,7 @@ def on_gpus(folder: Path) -> str:
     reports = {path.parent.name: gpu_report.load(path) for path in sorted(folder.glob("*/report.json"))}
     title = "## On a GPU"
     if not reports:
-        what = ", ".join(gpu_report.UNTIL)
+        what = "; ".join(gpu_report.UNTIL)
         return (
             f"{title}\n\nNothing has run on a real GPU yet: the CUDA kernels are compiled by nvcc, and run by the "
             f"emulator of the tests. On a machine that has one, `make gpu-report` does, and then says here: {what}."

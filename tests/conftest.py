@@ -36,16 +36,15 @@ def backend(request):
     """Runs a module's tests on the CPU, with the CUDA kernels on the host (tests/emulated.py), and on a GPU.
 
     The value is the device of convkit's tensors. The emulator's operators take the place of the CPU's meanwhile.
+    On a GPU as in the emulator float32 is multiplied in full, not in tf32.
     """
     if request.param == "cpu":
         yield torch.device("cpu")
     elif request.param == "cuda":
         if why := emulated.why_no_gpu():
             pytest.skip(why)
-        # PyTorch's own float32, which the tests hold convkit against, is the CPU's.
-        tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-        yield torch.device("cuda")
-        torch.backends.cudnn.allow_tf32 = tf32
+        with emulated.full_float32():
+            yield torch.device("cuda")
     else:
         if why := emulated.why_not():
             pytest.skip(why)

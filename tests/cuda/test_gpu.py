@@ -21,6 +21,7 @@ from kernel_checks import (
 )
 from test_torch_library import operator_calls
 
+import convkit
 import convkit.functional as CF
 from convkit import reference
 from convkit.bench.problems import DTYPES, BatchNormProblem, ConvProblem
@@ -34,11 +35,10 @@ FORMS = [("f32", "nchw"), ("f32", "nhwc"), ("bf16", "nchw"), ("bf16", "nhwc"), (
 
 @pytest.fixture(autouse=True)
 def _in_float32():
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     set_device(GPU)
-    yield
+    with emulated.full_float32():
+        yield
     set_device(torch.device("cpu"))
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def conv(text: str, dtype: str, layout: str) -> ConvProblem:
@@ -72,6 +72,9 @@ KERNELS = {
     "batch norm": lambda g, *form: batch_norm_sample(norm("n4c64h14w14", *form), g),
     "batch norm with a residual": lambda g, *form: batch_norm_sample(norm("n4c40h7w7+res", *form), g),
     "batch norm of odd sizes": lambda g, *form: batch_norm_sample(norm("n3c17h5w5+res", *form), g),
+    "batch norm too large for the chip": lambda g, *form: batch_norm_sample(norm("n9c8h112w113", *form), g),
+    "batch norm of large odd planes": lambda g, *form: batch_norm_sample(norm("n9c8h113w113+res", *form), g),
+    "batch norm of planes in images": lambda g, *form: batch_norm_sample(norm("n5c16h7w7+res", *form), g),
     "batch norm in evaluation": lambda g, *form: batch_norm_sample(norm("n4c64h8w8+res", *form), g, training=False),
     "im2col": lambda g, *form: im2col_sample(conv("n2c5h9w8k1r3s3p1", *form), g),
     "col2im": lambda g, *form: col2im_sample(conv("n2c5h9w8k1r3s3p1", *form), g),
@@ -230,6 +233,13 @@ def test_compile_with_inductor():
 
     for ours, right in zip(run(torch.compile(block, fullgraph=True)), run(block), strict=True):
         torch.testing.assert_close(ours, right)
+
+
+def test_explain_names_the_kernels_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).to(GPU)
+    found = convkit.explain(model, torch.randn(4, 8, 16, 16, device=GPU), budget_s=0.01)
+    assert [list(row.plans) for row in found.measured] == [["fprop", "wgrad"], ["forward", "backward"]]
+    assert "multiprocessors" in str(found) and found.machine.gpu
 
 
 def test_autocast():
