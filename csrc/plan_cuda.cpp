@@ -193,8 +193,8 @@ OnChipPlan plan_on_chip(const ChannelShape& s, ChannelWork work, const DeviceFac
         double waste = std::ceil(full) / full;
         if (units < columns && units * 8 * element < 32) waste *= 2;  // half a sector
         if (resident == 1) waste *= 1.15;                             // nobody computes while it loads
-        waste *= 1 + 0.02 * double(cluster);
-        double time = 5 + (backward ? 3 : 2) * pass * waste;
+        waste *= 1 + 0.02 * double(cluster);                          // not every set of multiprocessors is a cluster
+        double time = 5 + (cluster > 1) + (backward ? 3 : 2) * pass * waste;  // barriers of a cluster: about a microsecond
         if (time >= best_time) continue;
         best_time = time;
         best = b;
