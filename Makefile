@@ -3,6 +3,7 @@
 #
 #   make test PYTHON=python3.12        another Python, for a new .venv
 #   make test ARGS="-k swap -x"        ARGS goes to pytest, `convkit demo` or `convkit bench`
+#   make gpu-report PYTHON=python3.12  on a machine with a GPU: that Python as it is, with its CUDA build of PyTorch
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                      takes PyTorch's CPU wheel, and spares the gigabytes of its CUDA packages
 PYTHON ?= python3
@@ -10,13 +11,14 @@ ARGS ?=
 PY := .venv/bin/python
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/cuda/emulation/*')
 
-.PHONY: help demo bench test lint readme-tables build clean
+.PHONY: help demo bench test lint gpu-report readme-tables build clean
 
 help:
 	@echo "make demo           train three networks on real digits with convkit's kernels; ends with a table"
 	@echo "make bench          measure convkit against PyTorch           (ARGS=... goes to convkit bench)"
 	@echo "make test           the whole test suite                      (ARGS=... goes to pytest)"
 	@echo "make lint           ruff: rules and format"
+	@echo "make gpu-report     build, test and measure on a GPU, in ten minutes (PYTHON=..., OUT=folder)"
 	@echo "make readme-tables  fill the tables of README.md from benchmarks/results"
 	@echo "make build          .venv with everything pinned in it, and the native module, compiled where it changed"
 	@echo "make clean          remove what was built; .venv stays"
@@ -33,6 +35,10 @@ test: build
 lint: .venv/.requirements
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# Downloads nothing and makes no .venv: the Python that PYTHON= names has a CUDA build of PyTorch, or one line says so.
+gpu-report:
+	@$(PYTHON) benchmarks/gpu_report.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 readme-tables: build
 	$(PY) benchmarks/readme_tables.py

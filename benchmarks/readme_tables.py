@@ -1,4 +1,5 @@
-"""Fills the tables of README.md from the files in benchmarks/results, and lists those files in their README.md.
+"""Fills the tables of README.md from the files in benchmarks/results, and makes their README.md: what each file is, and
+what has run on a GPU.
 
 A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is
 the name of a file in benchmarks/results without its ``.json``. VIEW is left out for a result of ``make demo``; for one
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import gpu_report
 
 from convkit.bench import BenchError
 from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table, version
@@ -91,8 +94,29 @@ def listed(folder: Path) -> str:
         lines.append([f"[{path.name}]({path.name})", *(_demo_facts(data) if "runs" in data else _bench_facts(path))])
     return (
         "# Results\n\nMeasured on these machines; the numbers of the project's README are made from these files. "
-        "Made by `make readme-tables`.\n\n" + markdown(lines, "l" * len(LIST_HEADS)) + "\n"
+        "Made by `make readme-tables`.\n\n" + markdown(lines, "l" * len(LIST_HEADS)) + "\n\n" + on_gpus(folder) + "\n"
     )
+
+
+def on_gpus(folder: Path) -> str:
+    """What has run on a real GPU, when, and what has not: of each `make gpu-report` whose folder lies here."""
+    reports = {path.parent.name: gpu_report.load(path) for path in sorted(folder.glob("*/report.json"))}
+    title = "## On a GPU"
+    if not reports:
+        what = "; ".join(gpu_report.UNTIL)
+        return (
+            f"{title}\n\nNothing has run on a real GPU yet: the CUDA kernels are compiled by nvcc, and run by the "
+            f"emulator of the tests. On a machine that has one, `make gpu-report` does, and then says here: {what}."
+        )
+    lines = [["", *(f"[{report['gpu']}]({name}/README.md)" for name, report in reports.items())]]
+    lines += [[what, *(str(report[what]) for report in reports.values())] for what in ("date", "torch", "revision")]
+    for stage in gpu_report.UNTIL:
+        cells = []
+        for report in reports.values():
+            found = [one for one in report["stages"] if one["name"] == stage]
+            cells.append(": ".join(filter(None, (found[0]["outcome"], found[0]["detail"]))) if found else "not run")
+        lines.append([stage, *cells])
+    return f"{title}\n\nWhat `make gpu-report` did, and what it did not.\n\n{markdown(lines, 'l' * len(lines[0]))}"
 
 
 def _demo_facts(data: dict[str, Any]) -> list[str]:

@@ -282,10 +282,27 @@ def _timed(row: Row, work: Task, seconds: Seconds, ceilings: Ceilings) -> Row:
 
 
 def _plans(work: Task) -> dict[str, str]:
-    module = _load.load()
-    if torch.device(work.device).type != "cpu":
+    """By pass; kernel and plan are functions of the problem and of what the device is."""
+    module, device = _load.load(), torch.device(work.device)
+    problem, training = work.problem, dict(work.options).get("training", True)
+    facts = _gpu(device) if device.type == "cuda" else None
+    if device.type not in ("cpu", "cuda"):
         return {}
     if work.operator == "batch_norm_relu":
-        return {name: f"batch_norm_relu_{module.isa()}" for name in (PASSES if work.gradients else PASSES[:1])}
+        passes = PASSES if work.gradients else PASSES[:1]
+        if facts is None:
+            return {name: f"batch_norm_relu_{module.isa()}" for name in passes}
+        shape = problem.n, problem.c, problem.h * problem.w, problem.dtype, problem.layout == "nhwc"
+        works = passes if training else ("evaluation", "evaluation_backward")
+        plans = (module.plan_batch_norm_cuda(*shape, what, *facts) for what in works)
+        return {name: plan.partition(" -> ")[2] for name, plan in zip(passes, plans, strict=False)}
+    plan = module.plan if facts is None else module.plan_cuda
     passes = work.kernel_passes.values()
-    return {pass_: module.plan(str(work.problem), pass_).partition(" -> ")[2] for pass_ in passes}
+    return {pass_: plan(str(problem), pass_, *(facts or ())).partition(" -> ")[2] for pass_ in passes}
+
+
+def _gpu(device: torch.device) -> tuple[int, int, int, int]:
+    """What a plan depends on: compute capability, multiprocessors, bytes of shared memory of a block."""
+    properties = torch.cuda.get_device_properties(device)
+    facts = "major", "minor", "multi_processor_count", "shared_memory_per_block_optin"
+    return tuple(getattr(properties, name) for name in facts)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace convkit {
 
@@ -158,18 +159,74 @@ CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& 
   return plan;
 }
 
-CudaChannelPlan plan_channels_cuda(const ChannelShape& s, const DeviceFacts& f, bool least_workspace) {
+namespace {
+
+// Columns of memory: vectors of 8 that hold whole channels, and how many values each has of a row. 0: there are none.
+int64_t least_units(int64_t values) {
+  int64_t channels = 8 / std::gcd<int64_t>(values, 8);
+  return channels * values / 8;
+}
+
+// The cheapest way to keep channels on chip by the time it takes: microseconds of a launch and of a pass over the tensor,
+// which a multiprocessor moves some 23 bytes a nanosecond of. Compared with kernels of their own for sums, what follows from
+// them, and the rest.
+OnChipPlan plan_on_chip(const ChannelShape& s, ChannelWork work, const DeviceFacts& f) {
+  OnChipPlan best{};
+  bool pixels = s.c > 1 && (s.layout == Layout::nhwc || s.hw == 1), backward = work == ChannelWork::backward;
+  OnChipPlan b{};
+  b.rows = pixels ? s.n * s.hw : s.n, b.length = pixels ? s.c : s.c * s.hw, b.values = pixels ? 1 : s.hw;
+  if (b.length % 8 != 0) return best;
+  int64_t element = storage_bytes(s.dtype), columns = b.length / 8, least = least_units(b.values);
+  double bytes = double(s.n * s.c * s.hw * element), pass = bytes / (23e3 * f.multiprocessors);
+  double best_time = backward ? 12 + 5 * pass : 10 + 3 * pass;
+  for (int64_t units = least; units <= std::min<int64_t>(columns, std::max<int64_t>(64, least)) && units <= 256; units += least) {
+    if (columns % units != 0 && units % (4 * least) != 0) continue;
+    int64_t channels = units * 8 / b.values, spans = ceil_div(columns, units);
+    for (int64_t cluster = 1; cluster <= std::min<int64_t>(b.rows, f.largest_cluster); cluster *= 2) {
+      int64_t rows = ceil_div(b.rows, cluster), slab = rows * units * 8 * element * (backward ? 2 : 1);
+      for (int64_t threads : {256, 512}) {
+        // Two doubles a thread and a column, and what is known of each channel.
+        int64_t shared = slab + threads * 16 + units * 8 * 16 + channels * (3 * 8 + 5 * compute_bytes(s.dtype));
+        int64_t resident = threads == 256 ? 2 : 1;  // blocks of a multiprocessor
+        if (shared > (f.shared_bytes_per_block + 1024) / resident - 1024 || spans * cluster >= INT32_MAX) continue;
+        double full = double(spans * cluster) / double(resident * f.multiprocessors);
+        double waste = std::ceil(full) / full;
+        if (units < columns && units * 8 * element < 32) waste *= 2;  // half a sector
+        if (resident == 1) waste *= 1.15;                             // nobody computes while it loads
+        waste *= 1 + 0.02 * double(cluster);                          // not every set of multiprocessors is a cluster
+        double time = 5 + (cluster > 1) + (backward ? 3 : 2) * pass * waste;  // barriers of a cluster: about a microsecond
+        if (time >= best_time) continue;
+        best_time = time;
+        best = b;
+        best.cluster = int(cluster), best.units = int(units), best.threads = int(threads), best.rows_per_block = rows, best.shared_bytes = int(shared);
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+CudaChannelPlan plan_channels_cuda(const ChannelShape& s, ChannelWork work, const DeviceFacts& f, bool aligned, bool least_workspace) {
   CudaChannelPlan b{};
-  b.by_pixel = s.c > 1 && (s.layout == Layout::nhwc || s.hw == 1);
-  b.rows = b.by_pixel ? s.n * s.hw : s.n * s.c;
-  b.length = b.by_pixel ? s.c : s.hw;
+  int64_t least = least_units(s.hw);
+  b.kind = s.c > 1 && (s.layout == Layout::nhwc || s.hw == 1) ? ChannelRows::pixels
+           : s.hw % 8 != 0 && s.c * s.hw % 8 == 0 && least <= 256 ? ChannelRows::images : ChannelRows::planes;
+  bool pixels = b.kind == ChannelRows::pixels, images = b.kind == ChannelRows::images;
   b.multiprocessors = f.multiprocessors;
-  int64_t blocks = b.by_pixel ? ceil_div(s.c, 256) : s.c, values = s.n * s.hw;
-  int64_t most = ceil_div(values, b.by_pixel ? 64 : 4096);
+  b.rows = pixels ? s.n * s.hw : images ? s.n : s.n * s.c;
+  b.length = pixels ? s.c : images ? s.c * s.hw : s.hw;
+  b.steps = images ? s.n : s.n * s.hw;
+  b.values = images ? s.hw : 1;
+  b.units = images ? int(least * std::clamp<int64_t>(64 / least, 1, b.length / 8 / least)) : 0;
+  if (aligned && (work == ChannelWork::forward || work == ChannelWork::backward)) b.chip = plan_on_chip(s, work, f);
+  if (b.chip.cluster > 0) return b;
+  int64_t blocks = pixels ? ceil_div(s.c, 256) : images ? ceil_div(b.length / 8, b.units) : s.c;
+  int64_t most = ceil_div(b.steps, pixels ? 64 : images ? ceil_div(2048, b.units * 8) : 4096);
   b.pieces = least_workspace ? 1 : std::clamp<int64_t>(ceil_div(kWaves * f.multiprocessors, blocks), 1, std::min<int64_t>(most, 1024));
-  // Pieces of planes begin at whole vectors.
-  b.piece_rows = ceil_div(ceil_div(values, b.pieces), 8) * 8;
-  b.pieces = ceil_div(values, b.piece_rows);
+  b.piece_steps = ceil_div(b.steps, b.pieces);
+  if (!images) b.piece_steps = ceil_div(b.piece_steps, 8) * 8;  // pieces of planes begin at whole vectors
+  b.pieces = ceil_div(b.steps, b.piece_steps);
   b.workspace_bytes = (2 * b.pieces + 5) * s.c * 8;
   return b;
 }
@@ -194,6 +251,22 @@ std::string describe(const ConvProblem& a, Pass pass, const DeviceFacts& f, cons
     case CudaKernel::simt: out += "simt_64x64x16"; break;
   }
   if (pass == Pass::weight_grad) out += ", " + num(plan.splits) + " splits";
+  return out + ", " + num(plan.workspace_bytes) + " bytes of workspace, sm_" + num(f.major) + num(f.minor) + " with " + num(f.multiprocessors) + " multiprocessors";
+}
+
+std::string describe(const ChannelShape& s, ChannelWork work, const DeviceFacts& f, const CudaChannelPlan& plan) {
+  auto num = [](int64_t v) { return std::to_string(v); };
+  const char* names[] = {"sums", "forward", "backward", "evaluation", "evaluation_backward"};
+  std::string out = std::string(names[int(work)]) + " of n" + num(s.n) + "c" + num(s.c) + " with " + num(s.hw) + " pixels, " + name(s.dtype) + " " + name(s.layout) + " -> ";
+  const OnChipPlan& b = plan.chip;
+  if (b.cluster > 0) {
+    out += "batch_norm_on_chip, " + num(b.units * 8 / b.values) + " channels in " + num(b.cluster) + (b.cluster == 1 ? " block" : " blocks") + ", " + num(b.threads) + " threads, " +
+           num(b.shared_bytes) + " bytes of shared memory";
+  } else {
+    const char* kinds[] = {"pixels", "planes", "images"};
+    out += std::string("batch_norm_by_") + kinds[int(plan.kind)];
+    if (work != ChannelWork::evaluation) out += ", " + num(plan.pieces) + (plan.pieces == 1 ? " piece" : " pieces") + " of a channel";
+  }
   return out + ", " + num(plan.workspace_bytes) + " bytes of workspace, sm_" + num(f.major) + num(f.minor) + " with " + num(f.multiprocessors) + " multiprocessors";
 }
 

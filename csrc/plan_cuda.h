@@ -43,17 +43,41 @@ struct CudaConvPlan {
 // when there is not enough memory for the best one.
 CudaConvPlan plan_conv_cuda(const ConvProblem&, Pass, const cuda::DeviceFacts&, bool aligned = true, bool least_workspace = false);
 
-// Sums over the pixels of each channel: how a channel is cut into pieces.
-struct CudaChannelPlan {
-  bool by_pixel;               // rows of memory are pixels of all channels; else planes of one channel
+// What is done with the values of each channel. `evaluation`: batch norm with statistics that are known.
+enum class ChannelWork { sums, forward, backward, evaluation, evaluation_backward };
+
+// How they lie: rows of memory are pixels of all channels; planes, of one channel each; or, where a plane is no whole
+// number of vectors and an image is, images.
+enum class ChannelRows { pixels, planes, images };
+
+// Forward in 2 passes, backward in 3: a cluster of blocks keeps some channels in shared memory. Rows are pixels or images.
+struct OnChipPlan {
+  int cluster;                 // blocks of a cluster; 0: not on chip
+  int units;                   // vectors of 8 values that a block takes of each row, of whole channels
+  int threads;
   int64_t rows, length;        // of memory
-  int64_t pieces, piece_rows;  // by pixel: pixels of a piece; else images of a piece
+  int64_t values;              // of a channel in a row
+  int64_t rows_per_block;
+  int shared_bytes;
+};
+
+// Otherwise sums over pieces of a channel, which a second kernel merges.
+struct CudaChannelPlan {
+  OnChipPlan chip;
+  ChannelRows kind;
+  int64_t rows, length;        // of memory
+  int units;                   // images: as above
+  int64_t steps, values;       // what a piece is so many of: pixels, values of a channel, or images; and values in each
+  int64_t pieces, piece_steps;
   int64_t workspace_bytes;
   int multiprocessors;
 };
-CudaChannelPlan plan_channels_cuda(const ChannelShape&, const cuda::DeviceFacts&, bool least_workspace = false);
+
+// `aligned` and `least_workspace` as above.
+CudaChannelPlan plan_channels_cuda(const ChannelShape&, ChannelWork, const cuda::DeviceFacts&, bool aligned = true, bool least_workspace = false);
 
 // One line for people.
 std::string describe(const ConvProblem&, Pass, const cuda::DeviceFacts&, const CudaConvPlan&);
+std::string describe(const ChannelShape&, ChannelWork, const cuda::DeviceFacts&, const CudaChannelPlan&);
 
 }  // namespace convkit

@@ -1,5 +1,6 @@
-"""Set-up of every test: repeatable random numbers, and how many problems hypothesis draws."""
+"""Set-up of every test: repeatable random numbers, how many problems hypothesis draws, and where kernels run."""
 
+import contextlib
 import os
 
 # Before torch starts its threads: waiting ones sleep. They would spin, and on a busy machine hold up the one that they
@@ -9,13 +10,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import emulated  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
 
-# The same problems in every run; HYPOTHESIS_PROFILE=explore looks for new ones, for as long as one cares to wait.
-_common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("repeatable", max_examples=100, derandomize=True, **_common)
-settings.register_profile("explore", max_examples=2000, print_blob=True, **_common)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+with contextlib.suppress(ModuleNotFoundError):  # `make gpu-report` takes an interpreter as it is
+    from hypothesis import HealthCheck, settings
+
+    # The same problems in every run; HYPOTHESIS_PROFILE=explore looks for new ones, for as long as one cares to wait.
+    _common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("repeatable", max_examples=100, derandomize=True, **_common)
+    settings.register_profile("explore", max_examples=2000, print_blob=True, **_common)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)
@@ -28,26 +31,20 @@ def _repeatable():
         torch.set_num_threads(threads)
 
 
-def _why_no_gpu() -> str | None:
-    if not torch.cuda.is_available():
-        return "no GPU that PyTorch sees"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("convkit::conv2d", "CUDA"):
-        return "this build of convkit has no CUDA kernels"
-    return None
-
-
-@pytest.fixture(scope="module", params=("cpu", "cuda_emulated", "cuda"))
+@pytest.fixture(scope="module", params=("cpu", "cuda_emulated", pytest.param("cuda", marks=pytest.mark.cuda)))
 def backend(request):
     """Runs a module's tests on the CPU, with the CUDA kernels on the host (tests/emulated.py), and on a GPU.
 
     The value is the device of convkit's tensors. The emulator's operators take the place of the CPU's meanwhile.
+    On a GPU as in the emulator float32 is multiplied in full, not in tf32.
     """
     if request.param == "cpu":
         yield torch.device("cpu")
     elif request.param == "cuda":
-        if why := _why_no_gpu():
+        if why := emulated.why_no_gpu():
             pytest.skip(why)
-        yield torch.device("cuda")
+        with emulated.full_float32():
+            yield torch.device("cuda")
     else:
         if why := emulated.why_not():
             pytest.skip(why)

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a machine without a GPU: builds and loads the emulator's module (csrc/cuda/emulation)."""
+"""Where the CUDA kernels can run: on a GPU, or in the emulator (csrc/cuda/emulation), whose module is built here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def cuda_include() -> Path | None:
     folders += [Path(found).resolve().parents[1]] if found else []
     folders.append(Path("/usr/local/cuda"))
     return next((folder / "include" for folder in folders if (folder / "include/cuda_bf16.h").exists()), None)
+
+
+def why_no_gpu() -> str | None:
+    """Why the kernels can't run on a GPU here, or None."""
+    import convkit  # noqa: F401 (loads the operators)
+
+    if not torch.cuda.is_available():
+        return "no GPU that PyTorch sees"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("convkit::conv2d", "CUDA"):
+        return "this build of convkit has no CUDA kernels"
+    return None
 
 
 def why_not() -> str | None:
@@ -69,8 +80,22 @@ def load() -> ModuleType:
 
 
 @contextlib.contextmanager
+def full_float32(full: bool = True) -> Iterator[None]:
+    """PyTorch's switch for float32 convolutions on GPUs, which convkit's heed: in full, or in tf32 (its default)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = not full
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
-    """Inside, the operators of CPU tensors are the emulator's. Fails if none of its kernels ran."""
+    """Inside, the operators of CPU tensors are the emulator's. Fails if none of its kernels ran.
+
+    float32 is multiplied in full, not in tf32: as on the CPU, which everything is held against.
+    """
     import convkit  # noqa: F401 (the operators must be there before others take their place)
 
     module = load()
@@ -79,7 +104,8 @@ def installed() -> Iterator[ModuleType]:
         warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
         module.install()
     try:
-        yield module
+        with full_float32():
+            yield module
     finally:
         module.uninstall()
     assert module.counters()[0] > before, "no kernel ran in the emulator"

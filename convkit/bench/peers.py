@@ -243,8 +243,8 @@ def error(function: Call, problem: Problem, pass_: str, tensors: Sequence[Tensor
     return float((result - expected)[seen].abs().max() / largest) if largest else 0.0
 
 
-# Floating-point operations that a float64 reference may take.
-REFERENCE_FLOPS = {"cpu": 2e8, "cuda": 1e12}
+# Floating-point operations that a float64 reference may take: on a GPU cuDNN tries each of its ways first.
+REFERENCE_FLOPS = {"cpu": 2e8, "cuda": 2e10}
 
 
 def _conv_reference(

@@ -54,16 +54,21 @@ def run_bench(
     quick: bool = False,
     in_cache: bool = False,
     threads: int | None = None,
-    console: Any = None,
+    budget_s: float | None = None,
+    rest_s: float | None = None,
+    screen: Any = None,
 ) -> Results:
     """Measures what the options (those of ``convkit bench``) select, prints tables, returns the results.
 
-    ``json`` is written after every row; rows that it has already are not measured again. BenchError for options that
-    don't fit, files that cannot be used, and a file of another machine or other settings; :class:`Interrupted`.
+    ``json`` is written after every row; rows that it has already are not measured again. ``budget_s``: seconds of calls
+    for each candidate, and ``rest_s`` between two rows, in the place of the usual ones. ``screen`` is shown what
+    happens in the place of `convkit.bench.tables.Screen`, which needs rich. BenchError for options that don't fit,
+    files that cannot be used, and a file of another machine or other settings; :class:`Interrupted`.
     """
-    from convkit.bench.tables import Screen
+    if screen is None:
+        from convkit.bench.tables import Screen
 
-    screen = Screen(console)
+        screen = Screen()
     device = _device(device)
     default_suites = () if problems or models else suites.SUITES
     chosen_dtypes = suites.words("--dtype", dtype, DTYPES, ("bf16",) if device == "cuda" else ("f32",))
@@ -101,7 +106,7 @@ def run_bench(
             layouts=chosen_layouts,
             peers=chosen_peers,
             in_cache=in_cache,
-            budget_s=BUDGET_S["quick" if quick else "normal"],
+            budget_s=BUDGET_S["quick" if quick else "normal"] if budget_s is None else budget_s,
             min_rounds=ROUNDS["quick" if quick else "normal"],
             rotation_bytes=0 if in_cache else rotation_bytes(device),
         )
@@ -116,7 +121,7 @@ def run_bench(
                 results.rows.append(measure(case, settings, results, arenas))
                 if json is not None:
                     results.save(json)
-                time.sleep(REST_S[device])
+                time.sleep(REST_S[device] if rest_s is None else rest_s)
         except KeyboardInterrupt:
             shown = _shown(results, cases)
             screen.show(shown, old)

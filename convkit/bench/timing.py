@@ -202,7 +202,7 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 
 def _cuda_seconds(function: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(500_000)  # cycles, about 0.3 ms: the host issues the call while the device waits
+    torch.cuda._sleep(1_000_000)  # cycles, about 0.5 ms: the host issues the call while the device waits
     begin.record()
     result = function()
     end.record()

@@ -6,134 +6,46 @@
 // from x, or, with a residual, one bit an element. Sums run over fixed pieces of a channel and are merged in order, in
 // double, by a small kernel between the two: nothing waits for another block.
 //
-// Memory is rows: pixels of all channels (by pixel), or planes of one channel. Where a row is a multiple of 8 elements a
-// thread takes 8 at a time by 16-byte accesses; else a warp takes 32 neighbours and writes their mask by a ballot.
-#include "common.cuh"
-#include "kernels.h"
+// Where the values of some channels fit into the shared memory of a cluster, batch_norm_on_chip.cu does with 2 and 3 passes.
+//
+// Memory is rows: pixels of all channels, planes of one channel, or images of planes (ChannelRows). Where a row is a
+// multiple of 8 elements a thread takes 8 at a time by 16-byte accesses; else a warp takes 32 neighbours and writes their
+// mask by a ballot.
+#include "batch_norm_relu.cuh"
 
 namespace convkit::cuda {
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChain = 16;  // terms summed before they are added to a total
 
-// What all kernels know. Workspace: partial sums [piece][2][c] in double, then per-channel values in T.
-template <class S> struct Norm {
+// Sums of rows that hold all channels, pixels or images. A block: one piece of the rows, units x W columns of whole
+// channels; a thread W columns of every so many rows.
+template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads, 2) sums_by_columns(Norm<S> a, int units) {
   using T = compute_t<S>;
-  int64_t n, c, hw;
-  CudaChannelPlan plan;
-  const S *x, *residual, *grad;
-  S *y, *grad_x, *grad_residual;
-  const T *weight, *bias;
-  T *mean, *var, *grad_weight, *grad_bias;
-  uint8_t* mask;
-  double eps;
-  bool training;
-  double* partial;
-  T* values;  // [5][c]: mean, alpha, beta, mean of the gradient, its slope
-};
-
-// What is computed before the ReLU, in forward and backward alike: the mask is this value's sign.
-template <class T> __device__ __forceinline__ T normalise(T x, T mean, T alpha, T beta) { return (x - mean) * alpha + beta; }
-
-// W elements, by 16-byte accesses if there are 8.
-template <int W, class S> __device__ __forceinline__ void load(const S* from, compute_t<S> (&to)[W]) {
-  if constexpr (W == 1) {
-    to[0] = widen(*from);
-  } else {
-    constexpr int V = kVec<S>;
-#pragma unroll
-    for (int i = 0; i < W; i += V) {
-      Vec<S> v = *reinterpret_cast<const Vec<S>*>(from + i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) to[i + j] = widen(v.of[j]);
-    }
-  }
-}
-template <int W, class S> __device__ __forceinline__ void store(S* to, const compute_t<S> (&from)[W]) {
-  if constexpr (W == 1) {
-    *to = narrow<S>(from[0]);
-  } else {
-    constexpr int V = kVec<S>;
-#pragma unroll
-    for (int i = 0; i < W; i += V) {
-      Vec<S> v;
-#pragma unroll
-      for (int j = 0; j < V; ++j) v.of[j] = narrow<S>(from[i + j]);
-      *reinterpret_cast<Vec<S>*>(to + i) = v;
-    }
-  }
-}
-
-enum class Sums { moments, gradient, plain };
-
-// The terms of the two sums of W elements that begin at `at`. `k`: the shift of the moments; mean, alpha, beta.
-template <Sums what, int W, class S>
-__device__ __forceinline__ void terms(const Norm<S>& a, int64_t at, int64_t row, int64_t in_row, const compute_t<S> (&k)[3][W], compute_t<S> (&out)[2][W]) {
-  using T = compute_t<S>;
-  T x[W];
-  load<W>(a.x + at, x);
-  if constexpr (what == Sums::gradient) {
-    load<W>(a.grad + at, out[0]);
-    unsigned bits = 0;
-    if (a.mask != nullptr) bits = unsigned(a.mask[row * ((a.plan.length + 7) / 8) + in_row / 8]) >> (W == 1 ? in_row % 8 : 0);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      bool kept = a.mask != nullptr ? (bits >> i & 1) != 0 : !(normalise(x[i], k[0][i], k[1][i], k[2][i]) <= T(0));
-      if (!kept) out[0][i] = 0;
-      out[1][i] = out[0][i] * (x[i] - k[0][i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      T d = what == Sums::moments ? x[i] - k[0][i] : x[i];
-      out[0][i] = d;
-      out[1][i] = what == Sums::moments ? d * d : T(0);
-    }
-  }
-}
-
-// A shift near the channel's mean, so that squares of what is left don't cancel: any value will do, but an infinite one.
-template <class T> __device__ __forceinline__ T usable(T shift) { return isfinite(shift) ? shift : T(0); }
-
-// What a piece leaves: two sums, or the mean and the sum of squared deviations from it.
-template <Sums what> __device__ __forceinline__ void finish(double first, double second, double shift, double count, double* out, int64_t c) {
-  if (what == Sums::moments) {
-    out[0] = shift + first / count;
-    double m2 = second - first * (first / count);
-    out[c] = m2 < 0 ? 0 : m2;
-  } else {
-    out[0] = first, out[c] = second;
-  }
-}
-
-// Sums by pixel. A block: one piece of the pixels, lanes x W channels; a thread W channels of every so many pixels.
-template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads, 2) sums_by_pixel(Norm<S> a, int lanes) {
-  using T = compute_t<S>;
-  double* shared = reinterpret_cast<double*>(dynamic_shared());  // [group][2][lanes * W]
-  int groups = kThreads / lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  int64_t channel = (int64_t(blockIdx.x) * lanes + lane) * W, piece = blockIdx.y;
-  int64_t first = piece * a.plan.piece_rows, last = min(a.plan.rows, first + a.plan.piece_rows);
+  double* shared = reinterpret_cast<double*>(dynamic_shared());  // [group][2][units * W]
+  int groups = kThreads / units, unit = threadIdx.x % units, group = threadIdx.x / units, columns = units * W;
+  int64_t length = a.plan.length, values = a.plan.values, column = int64_t(blockIdx.x) * columns + unit * W, piece = blockIdx.y;
+  int64_t first = piece * a.plan.piece_steps, last = min(a.plan.rows, first + a.plan.piece_steps);
+  auto shift_of_channel = [&](int64_t c) { return usable(widen(a.x[first * length + c * values])); };
   T k[3][W] = {};
   double total[2][W] = {};
-  if (channel < a.c) {
-    if constexpr (what == Sums::moments) {
-      load<W>(a.x + first * a.c + channel, k[0]);
+  if (group < groups && column < length) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) k[0][i] = usable(k[0][i]);
+    for (int i = 0; i < W; ++i) {
+      int64_t c = (column + i) / values;
+      if constexpr (what == Sums::moments) k[0][i] = shift_of_channel(c);
+      if constexpr (what == Sums::gradient) k[0][i] = a.values[c], k[1][i] = a.values[a.c + c], k[2][i] = a.values[2 * a.c + c];
     }
-    if constexpr (what == Sums::gradient) {
-#pragma unroll
-      for (int i = 0; i < 3 * W; ++i) k[i / W][i % W] = a.values[i / W * a.c + channel + i % W];
-    }
+    int64_t bits = (length + 7) / 8 * 8;
     for (int64_t row = first + group; row < last;) {
       T sum[2][W] = {};
 #pragma unroll 4
       for (int step = 0; step < kChain; ++step, row += groups) {
         if (row >= last) break;
         T out[2][W];
-        terms<what, W>(a, row * a.c + channel, row, channel, k, out);
+        int64_t at = row * length + column;
+        terms<what, W>(a, a.x + at, a.grad + at, row * bits + column, k, out);
 #pragma unroll
         for (int i = 0; i < W; ++i) sum[0][i] += out[0][i], sum[1][i] += out[1][i];
       }
@@ -141,20 +53,38 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads,
       for (int i = 0; i < W; ++i) total[0][i] += double(sum[0][i]), total[1][i] += double(sum[1][i]);
     }
   }
-  int channels = lanes * W;
+  if (group < groups) {
 #pragma unroll
-  for (int i = 0; i < W; ++i) {
-    shared[(group * 2 + 0) * channels + lane * W + i] = total[0][i];
-    shared[(group * 2 + 1) * channels + lane * W + i] = total[1][i];
+    for (int i = 0; i < W; ++i) {
+      shared[(group * 2 + 0) * columns + unit * W + i] = total[0][i];
+      shared[(group * 2 + 1) * columns + unit * W + i] = total[1][i];
+    }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < channels; i += kThreads) {
-    int64_t at = int64_t(blockIdx.x) * channels + i;
-    if (at >= a.c) continue;
+  double count = double(last - first) * double(values);
+  auto leave = [&](int64_t c, double first_sum, double second) {
+    double shift = what == Sums::moments ? double(shift_of_channel(c)) : 0;
+    finish<what>(first_sum, second, shift, count, a.partial + piece * 2 * a.c + c, a.c);
+  };
+  int64_t first_channel = int64_t(blockIdx.x) * columns / values;
+  if (values == 1) {
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      if (first_channel + i >= a.c) continue;
+      double first_sum = 0, second = 0;
+      for (int g = 0; g < groups; ++g) first_sum += shared[g * 2 * columns + i], second += shared[(g * 2 + 1) * columns + i];
+      leave(first_channel + i, first_sum, second);
+    }
+    return;
+  }
+  int each = int(values);  // columns of a channel: a warp adds them up
+  for (int channel = threadIdx.x / 32; channel < columns / each && first_channel + channel < a.c; channel += kThreads / 32) {
     double first_sum = 0, second = 0;
-    for (int g = 0; g < groups; ++g) first_sum += shared[g * 2 * channels + i], second += shared[(g * 2 + 1) * channels + i];
-    double shift = what == Sums::moments ? double(usable(widen(a.x[first * a.c + at]))) : 0;
-    finish<what>(first_sum, second, shift, double(last - first), a.partial + piece * 2 * a.c + at, a.c);
+    for (int j = threadIdx.x % 32; j < groups * each; j += 32) {
+      const double* from = shared + j / each * 2 * columns + channel * each + j % each;
+      first_sum += from[0], second += from[columns];
+    }
+    first_sum = warp_sum(first_sum), second = warp_sum(second);
+    if (threadIdx.x % 32 == 0) leave(first_channel + channel, first_sum, second);
   }
 }
 
@@ -163,7 +93,8 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
   using T = compute_t<S>;
   double* shared = reinterpret_cast<double*>(dynamic_shared());
   int64_t c = blockIdx.x, piece = blockIdx.y;
-  int64_t first = piece * a.plan.piece_rows, last = min(a.n * a.hw, first + a.plan.piece_rows);
+  int64_t of_piece = a.plan.piece_steps * a.plan.values, first = piece * of_piece, last = min(a.n * a.hw, first + of_piece);
+  int64_t bits = a.plan.kind == ChannelRows::images ? a.hw : (a.hw + 7) / 8 * 8;  // of a plane in the mask
   auto at = [&](int64_t i) { return (i / a.hw * a.c + c) * a.hw + i % a.hw; };
   T shift = what == Sums::moments ? usable(widen(a.x[at(first)])) : T(0);
   T k[3][W];
@@ -181,7 +112,7 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
       for (int step = 0; step < kChain; ++step, j += kThreads * W) {
         if (j >= end) break;
         T out[2][W];
-        terms<what, W>(a, row * a.hw + j, row, j, k, out);
+        terms<what, W>(a, a.x + row * a.hw + j, a.grad + row * a.hw + j, row * bits + j, k, out);
 #pragma unroll
         for (int i = 0; i < W; ++i) sum[0][i] += out[0][i], sum[1][i] += out[1][i];
       }
@@ -201,67 +132,45 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
 }
 
 // Merges the pieces of a channel: a warp each, lanes take every 32nd piece, then pairs of lanes. The order is fixed.
-// Count, mean and squared deviations as in Chan, Golub and LeVeque (1983).
 template <class S> __global__ void __launch_bounds__(kThreads) merge_moments(Norm<S> a) {
   using T = compute_t<S>;
   int64_t c = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
-  double count = 0, mean = 0, m2 = 0, plain = 0;
-  auto add = [&](double n, double mean_n, double m2_n) {
-    if (n == 0) return;
-    if (count == 0) {  // as it is: the mean of equal values must come out exactly
-      count = n, mean = mean_n, m2 = m2_n;
-      return;
-    }
-    double all = count + n, delta = mean_n - mean;
-    mean += delta * n / all;
-    m2 += m2_n + delta * delta * count * n / all;
-    count = all;
-  };
+  Moments all;
   if (c < a.c)
     for (int64_t piece = lane; piece < a.plan.pieces; piece += 32) {
-      double n = double(min(a.plan.piece_rows, a.n * a.hw - piece * a.plan.piece_rows));
+      double n = double(min(a.plan.piece_steps, a.plan.steps - piece * a.plan.piece_steps)) * double(a.plan.values);
       const double* p = a.partial + piece * 2 * a.c + c;
-      add(n, p[0], p[a.c]);
-      plain += p[0] * n;
+      all.add(n, p[0], p[a.c], p[0] * n);
     }
   for (int by = 16; by > 0; by /= 2) {
-    double n = __shfl_down_sync(0xffffffffu, count, unsigned(by)), mean_n = __shfl_down_sync(0xffffffffu, mean, unsigned(by));
-    double m2_n = __shfl_down_sync(0xffffffffu, m2, unsigned(by)), plain_n = __shfl_down_sync(0xffffffffu, plain, unsigned(by));
-    if (lane < by) add(n, mean_n, m2_n), plain += plain_n;
+    double n = __shfl_down_sync(0xffffffffu, all.count, unsigned(by)), mean_n = __shfl_down_sync(0xffffffffu, all.mean, unsigned(by));
+    double m2_n = __shfl_down_sync(0xffffffffu, all.m2, unsigned(by)), plain_n = __shfl_down_sync(0xffffffffu, all.plain, unsigned(by));
+    if (lane < by) all.add(n, mean_n, m2_n, plain_n);
   }
   if (lane != 0 || c >= a.c) return;
-  // Differences of infinite means are NaN, the mean itself is infinite: as PyTorch's running mean is then.
-  a.mean[c] = T(isfinite(mean) ? mean : plain / count);
-  a.var[c] = T(m2 / count);
+  a.mean[c] = T(all.final_mean());
+  a.var[c] = T(all.m2 / all.count);
 }
 
 // Per-channel factors, from the statistics.
 template <class S> __global__ void __launch_bounds__(kThreads) prepare(Norm<S> a) {
-  using T = compute_t<S>;
   int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= a.c) return;
-  double inverse = 1.0 / sqrt(double(a.var[c]) + a.eps);
   a.values[c] = a.mean[c];
-  a.values[a.c + c] = a.weight == nullptr ? T(inverse) : T(inverse * double(a.weight[c]));
-  a.values[2 * a.c + c] = a.bias == nullptr ? T(0) : a.bias[c];
+  a.values[a.c + c] = scale_of(a, c, a.var[c]);
+  a.values[2 * a.c + c] = shift_of(a, c);
 }
 
 // The two sums of the gradient, in order; the gradients of weight and bias, and what the second pass needs.
 template <class S> __global__ void __launch_bounds__(kThreads) merge_gradient(Norm<S> a) {
-  using T = compute_t<S>;
   int64_t c = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   double sum = 0, product = 0;
   if (c < a.c)
     for (int64_t piece = threadIdx.x % 32; piece < a.plan.pieces; piece += 32) sum += a.partial[piece * 2 * a.c + c], product += a.partial[(piece * 2 + 1) * a.c + c];
   sum = warp_sum(sum), product = warp_sum(product);
   if (threadIdx.x % 32 != 0 || c >= a.c) return;
-  double inverse = 1.0 / sqrt(double(a.var[c]) + a.eps), count = double(a.n) * double(a.hw);
-  product *= double(T(inverse));
-  if (a.grad_bias != nullptr) a.grad_bias[c] = T(sum);
-  if (a.grad_weight != nullptr) a.grad_weight[c] = T(product);
-  a.values[3 * a.c + c] = a.training ? T(sum / count) : T(0);
-  a.values[4 * a.c + c] = a.training ? T(product * double(T(inverse)) / count) : T(0);
+  conclude(a, c, sum, product, true, a.values[3 * a.c + c], a.values[4 * a.c + c]);
 }
 
 template <class S> __global__ void __launch_bounds__(kThreads) merge_plain(Norm<S> a) {
@@ -273,56 +182,27 @@ template <class S> __global__ void __launch_bounds__(kThreads) merge_plain(Norm<
   if (threadIdx.x % 32 == 0 && c < a.c) a.y[c] = narrow<S>(compute_t<S>(sum));
 }
 
-// The second pass over W elements that begin at `at`; k: mean, alpha, beta, and for the gradient its mean and slope.
-// Returns the mask's bits.
-template <bool backward, int W, class S>
-__device__ __forceinline__ unsigned apply(const Norm<S>& a, int64_t at, unsigned bits, const compute_t<S> (&k)[5][W]) {
-  using T = compute_t<S>;
-  T x[W], out[W];
-  load<W>(a.x + at, x);
-  if constexpr (!backward) {
-    T r[W] = {};
-    if (a.residual != nullptr) load<W>(a.residual + at, r);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      T v = normalise(x[i], k[0][i], k[1][i], k[2][i]);
-      if (a.residual != nullptr) v += r[i];
-      bits |= unsigned(!(v <= T(0))) << i;
-      out[i] = relu(v);
-    }
-    store<W>(a.y + at, out);
-  } else {
-    T g[W];
-    load<W>(a.grad + at, g);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      bool kept = a.mask != nullptr ? (bits >> i & 1) != 0 : !(normalise(x[i], k[0][i], k[1][i], k[2][i]) <= T(0));
-      if (!kept) g[i] = 0;
-      out[i] = a.training ? (g[i] - k[3][i] - (x[i] - k[0][i]) * k[4][i]) * k[1][i] : g[i] * k[1][i];
-    }
-    if (a.grad_residual != nullptr) store<W>(a.grad_residual + at, g);
-    if (a.grad_x != nullptr) store<W>(a.grad_x + at, out);
-  }
-  return bits;
-}
-
-// Rows of pixels, 8 channels a thread whose factors stay in registers.
-template <bool backward, class S> __global__ void __launch_bounds__(kThreads) apply_by_pixel(Norm<S> a, int lanes) {
+// Rows that hold all channels, 8 columns a thread whose factors stay in registers.
+template <bool backward, class S> __global__ void __launch_bounds__(kThreads) apply_by_columns(Norm<S> a, int units) {
   constexpr int W = 8, kinds = backward ? 5 : 3;
-  int groups = kThreads / lanes;
-  int64_t channel = (int64_t(blockIdx.x) * lanes + threadIdx.x % lanes) * W;
-  if (channel >= a.c) return;
+  int groups = kThreads / units, group = threadIdx.x / units;
+  int64_t length = a.plan.length, column = (int64_t(blockIdx.x) * units + threadIdx.x % units) * W;
+  if (group >= groups || column >= length) return;
   compute_t<S> k[5][W] = {};
 #pragma unroll
-  for (int i = 0; i < kinds * W; ++i) k[i / W][i % W] = a.values[i / W * a.c + channel + i % W];
+  for (int i = 0; i < W; ++i) {
+    int64_t c = (column + i) / a.plan.values;
+#pragma unroll
+    for (int kind = 0; kind < kinds; ++kind) k[kind][i] = a.values[kind * a.c + c];
+  }
   // Each block a run of rows, the last rows first: the pass before has just read them.
   int64_t each = ceil_div(a.plan.rows, gridDim.y), block = gridDim.y - 1 - blockIdx.y;
   int64_t first = block * each, last = min(a.plan.rows, first + each);
-  for (int64_t row = last - 1 - threadIdx.x / lanes; row >= first; row -= groups) {
-    int64_t byte = row * (a.c / 8) + channel / 8;
-    unsigned bits = backward && a.mask != nullptr ? a.mask[byte] : 0u;
-    bits = apply<backward, W>(a, row * a.c + channel, bits, k);
-    if (!backward && a.mask != nullptr) a.mask[byte] = uint8_t(bits);
+  for (int64_t row = last - 1 - group; row >= first; row -= groups) {
+    int64_t at = row * length + column;
+    unsigned bits = backward && a.mask != nullptr ? a.mask[at / 8] : 0u;
+    bits = apply<backward, W>(a, a.x + at, a.grad + at, at, bits, k);
+    if (!backward && a.mask != nullptr) a.mask[at / 8] = uint8_t(bits);
   }
 }
 
@@ -346,7 +226,7 @@ template <bool backward, class S> __global__ void __launch_bounds__(kThreads) ap
       for (int j = 0; j < W; ++j) k[kind][j] = value;
     }
     unsigned bits = backward && a.mask != nullptr ? a.mask[unit] : 0u;
-    bits = apply<backward, W>(a, unit * W, bits, k);
+    bits = apply<backward, W>(a, a.x + unit * W, a.grad + unit * W, unit * W, bits, k);
     if (!backward && a.mask != nullptr) a.mask[unit] = uint8_t(bits);
   }
 }
@@ -357,14 +237,15 @@ template <bool backward, class S> __global__ void __launch_bounds__(kThreads) ap
   int lane = threadIdx.x % 32;
   int64_t pieces = ceil_div(a.plan.length, 32), all = a.plan.rows * pieces, mask_bytes = (a.plan.length + 7) / 8;
   for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < all; i += int64_t(gridDim.x) * (kThreads / 32)) {
-    int64_t row = i / pieces, j = i % pieces * 32 + lane, channel = a.plan.by_pixel ? j : row % a.c;
+    int64_t row = i / pieces, j = i % pieces * 32 + lane, at = row * a.plan.length + j;
+    int64_t channel = a.plan.kind == ChannelRows::pixels ? j : a.plan.kind == ChannelRows::images ? j / a.hw : row % a.c;
     unsigned bits = 0;
     if (j < a.plan.length) {
       compute_t<S> k[5][1] = {};
 #pragma unroll
       for (int kind = 0; kind < kinds; ++kind) k[kind][0] = a.values[kind * a.c + channel];
       if (backward && a.mask != nullptr) bits = unsigned(a.mask[row * mask_bytes + j / 8]) >> j % 8;
-      bits = apply<backward, 1>(a, row * a.plan.length + j, bits, k);
+      bits = apply<backward, 1>(a, a.x + at, a.grad + at, at, bits, k);
     }
     if (!backward && a.mask != nullptr) {
       unsigned word = __ballot_sync(0xffffffffu, bits & 1);
@@ -384,26 +265,6 @@ template <class S> __global__ void __launch_bounds__(kThreads) update_running(S*
 
 // ---- launches --------------------------------------------------------------------------------------------------------------
 
-template <class S> Norm<S> norm_of(const ChannelShape& s, const CudaChannelPlan& plan, void* workspace) {
-  Norm<S> a{};
-  a.n = s.n, a.c = s.c, a.hw = s.hw, a.plan = plan;
-  a.partial = static_cast<double*>(workspace);
-  a.values = reinterpret_cast<compute_t<S>*>(a.partial + 2 * plan.pieces * s.c);
-  return a;
-}
-
-template <class S> Norm<S> norm_of(const BatchNormArgs& b, const CudaChannelPlan& plan) {
-  using T = compute_t<S>;
-  Norm<S> a = norm_of<S>(b.shape, plan, b.workspace);
-  a.x = static_cast<const S*>(b.x), a.residual = static_cast<const S*>(b.residual), a.grad = static_cast<const S*>(b.grad);
-  a.y = static_cast<S*>(b.y), a.grad_x = static_cast<S*>(b.grad_x), a.grad_residual = static_cast<S*>(b.grad_residual);
-  a.weight = static_cast<const T*>(b.weight), a.bias = static_cast<const T*>(b.bias);
-  a.mean = static_cast<T*>(b.mean), a.var = static_cast<T*>(b.var);
-  a.grad_weight = static_cast<T*>(b.grad_weight), a.grad_bias = static_cast<T*>(b.grad_bias);
-  a.mask = b.mask, a.eps = b.eps, a.training = b.training;
-  return a;
-}
-
 template <class S> bool by_units(const Norm<S>& a) {
   return a.plan.length % 8 == 0 && aligned16(a.x) && aligned16(a.y) && aligned16(a.residual) && aligned16(a.grad) && aligned16(a.grad_x) && aligned16(a.grad_residual);
 }
@@ -416,27 +277,28 @@ int lanes_for(int64_t vectors) {
 
 template <Sums what, class S> void run_sums(const Norm<S>& a, Stream stream) {
   unsigned pieces = unsigned(a.plan.pieces);
-  auto by_pixel = [&](auto kernel, int w) {
-    int lanes = lanes_for(ceil_div(a.c, w));
-    launch("sums_by_pixel", kernel, {dim3(unsigned(ceil_div(a.c, lanes * w)), pieces), dim3(kThreads), int64_t(kThreads) * 2 * w * 8, stream}, a, lanes);
+  bool pixels = a.plan.kind == ChannelRows::pixels, planes = a.plan.kind == ChannelRows::planes;
+  auto by_columns = [&](auto kernel, int units, int w) {
+    launch("sums_by_columns", kernel, {dim3(unsigned(ceil_div(a.plan.length, units * w)), pieces), dim3(kThreads), int64_t(kThreads) * 2 * w * 8, stream}, a, units);
   };
   auto by_plane = [&](auto kernel) { launch("sums_by_plane", kernel, {dim3(unsigned(a.c), pieces), dim3(kThreads), 128, stream}, a); };
-  if (a.plan.by_pixel && by_units(a)) by_pixel(sums_by_pixel<what, 8, S>, 8);
-  else if (a.plan.by_pixel) by_pixel(sums_by_pixel<what, 1, S>, 1);
-  else if (by_units(a)) by_plane(sums_by_plane<what, 8, S>);
+  if (!planes && by_units(a)) by_columns(sums_by_columns<what, 8, S>, pixels ? lanes_for(a.c / 8) : a.plan.units, 8);
+  else if (pixels) by_columns(sums_by_columns<what, 1, S>, lanes_for(a.c), 1);
+  else if (planes && by_units(a)) by_plane(sums_by_plane<what, 8, S>);
   else by_plane(sums_by_plane<what, 1, S>);
 }
 
 template <bool backward, class S> void run_apply(const Norm<S>& a, Stream stream) {
+  int64_t enough = 16 * int64_t(a.plan.multiprocessors);
   if (!by_units(a)) {
-    int64_t blocks = ceil_div(a.plan.rows * ceil_div(a.plan.length, 32), kThreads / 32), most = 16 * int64_t(a.plan.multiprocessors);
-    return launch("apply_by_warp", apply_by_warp<backward, S>, {grid_of(blocks < most ? blocks : most), dim3(kThreads), 0, stream}, a);
+    int64_t blocks = ceil_div(a.plan.rows * ceil_div(a.plan.length, 32), kThreads / 32);
+    return launch("apply_by_warp", apply_by_warp<backward, S>, {grid_of(blocks < enough ? blocks : enough), dim3(kThreads), 0, stream}, a);
   }
-  if (a.plan.by_pixel) {
-    int lanes = lanes_for(a.c / 8);
-    int64_t across = ceil_div(a.c / 8, lanes), down = ceil_div(16 * int64_t(a.plan.multiprocessors), across), most = ceil_div(a.plan.rows, kThreads / lanes);
+  if (a.plan.kind != ChannelRows::planes) {
+    int units = a.plan.kind == ChannelRows::pixels ? lanes_for(a.c / 8) : a.plan.units;
+    int64_t across = ceil_div(a.plan.length / 8, units), down = ceil_div(enough, across), most = ceil_div(a.plan.rows, kThreads / units);
     down = down < most ? down : most;
-    return launch("apply_by_pixel", apply_by_pixel<backward, S>, {dim3(unsigned(across), unsigned(down < 65535 ? down : 65535)), dim3(kThreads), 0, stream}, a, lanes);
+    return launch("apply_by_columns", apply_by_columns<backward, S>, {dim3(unsigned(across), unsigned(down < 65535 ? down : 65535)), dim3(kThreads), 0, stream}, a, units);
   }
   int64_t units = a.plan.rows * (a.hw / 8);
   launch("apply_by_plane", apply_by_plane<backward, S>, {grid_of(ceil_div(units, kThreads * 4)), dim3(kThreads), 0, stream}, a, FastDiv(a.hw / 8), FastDiv(a.c));
@@ -449,6 +311,7 @@ template <class S> void run_small(const char* name, void (*kernel)(Norm<S>), con
 }  // namespace
 
 void batch_norm_relu(const BatchNormArgs& b, const CudaChannelPlan& plan, Stream stream) {
+  if (plan.chip.cluster > 0) return batch_norm_relu_on_chip(b, plan, stream);
   with_type(b.shape.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
     Norm<S> a = norm_of<S>(b, plan);
@@ -462,6 +325,7 @@ void batch_norm_relu(const BatchNormArgs& b, const CudaChannelPlan& plan, Stream
 }
 
 void batch_norm_relu_grad(const BatchNormArgs& b, const CudaChannelPlan& plan, Stream stream) {
+  if (plan.chip.cluster > 0) return batch_norm_relu_grad_on_chip(b, plan, stream);
   with_type(b.shape.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
     Norm<S> a = norm_of<S>(b, plan);

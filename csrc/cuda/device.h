@@ -11,6 +11,7 @@ struct DeviceFacts {
   int multiprocessors;
   int64_t shared_bytes_per_block; // with opt-in
   int64_t l2_bytes;
+  int largest_cluster;            // blocks: 1 before sm_90; 0 keeps everything off the chip, for tests
 };
 
 // Devices the driver shows; 0 where there is no driver.

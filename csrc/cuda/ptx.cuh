@@ -214,7 +214,7 @@ __device__ inline uint32_t to_tf32(float v) {
 #endif
 }
 
-// ---- clusters (sm_90 and newer) ----------------------------------------------------------------------------------------
+// ---- clusters (sm_90 and newer; before that each block is one) ---------------------------------------------------------
 
 #if defined(CONVKIT_EMULATION) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline uint32_t cluster_rank() {
@@ -247,6 +247,10 @@ template <class T> __device__ inline T* map_shared(T* mine, uint32_t rank) {
   return reinterpret_cast<T*>(out);
 #endif
 }
+#else
+__device__ inline uint32_t cluster_rank() { return 0; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+template <class T> __device__ inline T* map_shared(T* mine, uint32_t) { return mine; }
 #endif
 
 }  // namespace convkit::cuda::ptx

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <tuple>
 
 #include "tensors.h"
@@ -33,11 +34,17 @@ Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, con
 }
 
 #if defined(CONVKIT_GPU)
-// Calls launch(plan, workspace, stream) for sums over the channels of `like`.
-template <class Launch> void on_gpu(const char* op, const ChannelShape& shape, const Tensor& like, Launch&& launch) {
+// Calls launch(plan, workspace, stream) for work on the channels of `like`; `touched`: all that must be aligned for vectors.
+template <class Launch>
+void on_gpu(const char* op, const ChannelShape& shape, ChannelWork work, std::initializer_list<const void*> touched, const Tensor& like, Launch&& launch) {
   const cuda::DeviceFacts& facts = gpu::facts(op, like);
-  gpu::with_workspace([&](bool least) { return plan_channels_cuda(shape, facts, least); }, [&](int64_t bytes) { return workspace(bytes, like); },
-                      [&](const CudaChannelPlan& plan, const Tensor& ws) { launch(plan, out("the workspace", ws), gpu::stream(like)); });
+  bool aligned = true;
+  for (const void* p : touched) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  gpu::with_workspace([&](bool least) { return plan_channels_cuda(shape, work, facts, aligned, least); }, [&](int64_t bytes) { return workspace(bytes, like); },
+                      [&](const CudaChannelPlan& plan, const Tensor& ws) {
+                        if (printing_plans()) print_once(describe(shape, work, facts, plan));
+                        launch(plan, out("the workspace", ws), gpu::stream(like));
+                      });
 }
 #endif
 
@@ -90,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   args.mask = save_mask && r.defined() ? static_cast<uint8_t*>(convkit::out("the mask", mask)) : nullptr;
 #if defined(CONVKIT_GPU)
   if (gpu::runs(input)) {
-    on_gpu(op, args.shape, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+    ChannelWork work = training ? ChannelWork::forward : ChannelWork::evaluation;
+    on_gpu(op, args.shape, work, {args.x, args.residual, args.y}, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
       args.workspace = ws;
       cuda::batch_norm_relu(args, plan, stream);
     });
@@ -142,11 +150,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
     args.grad_weight = output_mask[2] ? out("the gradient of the weight", grad_weight) : nullptr;
     args.grad_bias = output_mask[3] ? out("the gradient of the bias", grad_bias) : nullptr;
 #if defined(CONVKIT_GPU)
-    if (gpu::runs(input))
-      on_gpu(op, args.shape, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+    if (gpu::runs(input)) {
+      // Without the gradient of x there is nothing to keep x for.
+      ChannelWork work = training && args.grad_x != nullptr ? ChannelWork::backward : training ? ChannelWork::sums : ChannelWork::evaluation_backward;
+      on_gpu(op, args.shape, work, {args.x, args.grad, args.grad_x, args.grad_residual}, input, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
         args.workspace = ws;
         cuda::batch_norm_relu_grad(args, plan, stream);
       });
+    }
 #endif
 #if !defined(CONVKIT_EMULATION)
     if (!gpu::runs(input)) {
@@ -206,7 +217,7 @@ Tensor channel_sum(const Tensor& grad) {
   ChannelShape shape = shape_of(g, dtype, channels_last);
 #if defined(CONVKIT_GPU)
   if (gpu::runs(grad)) {
-    on_gpu(op, shape, grad, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
+    on_gpu(op, shape, ChannelWork::sums, {}, grad, [&](const CudaChannelPlan& plan, void* ws, cuda::Stream stream) {
       cuda::channel_sum(shape, plan, in("the gradient", g), convkit::out("the sums", out), ws, stream);
     });
     return out;

@@ -1,10 +1,6 @@
 // Convolutions: check arguments, fill a ConvProblem, plan, allocate, run.
 #include <ATen/ops/full.h>
 
-#include <cstdlib>
-#include <iostream>
-#include <mutex>
-#include <set>
 #include <string>
 #include <string_view>
 
@@ -86,21 +82,6 @@ ConvProblem problem_of(const char* op, DType dtype, bool channels_last, int64_t 
   a.p = out_size(op, "height", h, g.padding[0], g.padding[1], r, a.stride_h, a.dilation_h);
   a.q = out_size(op, "width", w, g.padding[2], g.padding[3], s, a.stride_w, a.dilation_w);
   return a;
-}
-
-bool printing_plans() {
-  static const bool wanted = [] {
-    const char* v = std::getenv("CONVKIT_PRINT_PLAN");
-    return v != nullptr && *v != '\0' && std::string_view(v) != "0";
-  }();
-  return wanted;
-}
-
-void print_once(const std::string& line) {
-  static std::mutex lock;
-  static std::set<std::string> printed;
-  std::lock_guard<std::mutex> hold(lock);
-  if (printed.insert(line).second) std::cerr << "convkit: " << line << std::endl;
 }
 
 #if defined(CONVKIT_GPU)

@@ -2,6 +2,10 @@
 
 #if defined(CONVKIT_GPU)
 
+#if defined(CONVKIT_TORCH_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 #include <mutex>
 #include <string>
 
@@ -50,6 +54,14 @@ const cuda::DeviceFacts& facts(const char* op, const at::Tensor& input) {
     asked[index] = true;
   }
   return d;
+}
+
+cuda::Stream stream([[maybe_unused]] const at::Tensor& input) {
+#if defined(CONVKIT_TORCH_CUDA)  // not by c10::Stream::native_handle(), which torch 2.11 may not have
+  return c10::cuda::getCurrentCUDAStream(input.device().index()).stream();
+#else  // the emulator; or kernels compiled against a CPU build of torch, whose tensors are never on a GPU
+  return nullptr;
+#endif
 }
 
 }  // namespace convkit::gpu

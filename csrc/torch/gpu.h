@@ -5,7 +5,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstring>
 
@@ -58,13 +57,8 @@ inline void check_allocation(int64_t) {}
 // Facts of the input's device. Throws where this build has no kernels for it.
 const cuda::DeviceFacts& facts(const char* op, const at::Tensor& input);
 
-inline cuda::Stream stream([[maybe_unused]] const at::Tensor& input) {
-#if defined(CONVKIT_EMULATION)
-  return nullptr;
-#else
-  return static_cast<cuda::Stream>(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(input.device()).native_handle());
-#endif
-}
+// The current stream of the input's device.
+cuda::Stream stream(const at::Tensor& input);
 #endif
 
 // While one lives, the input's device is current.

@@ -96,11 +96,35 @@ Pass parse_pass(const std::string& pass) {
   throw std::invalid_argument("pass: got '" + pass + "'; accepts fprop, dgrad, wgrad");
 }
 
+cuda::DeviceFacts device_of(int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
+  return {"", major, minor, multiprocessors, shared_bytes_per_block, 0, major >= 9 ? 8 : 1};
+}
+
 std::string plan_cuda(const std::string& problem, const std::string& pass, int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
-  cuda::DeviceFacts facts{"", major, minor, multiprocessors, shared_bytes_per_block, 0};
+  cuda::DeviceFacts facts = device_of(major, minor, multiprocessors, shared_bytes_per_block);
   ConvProblem a = parse_conv_problem(problem);
   Pass p = parse_pass(pass);
   return describe(a, p, facts, plan_conv_cuda(a, p, facts));
+}
+
+std::string plan_batch_norm_cuda(int64_t n, int64_t c, int64_t hw, const std::string& dtype, bool channels_last, const std::string& work, int major, int minor, int multiprocessors,
+                                 int64_t shared_bytes_per_block) {
+  constexpr std::pair<const char*, ChannelWork> works[] = {
+      {"forward", ChannelWork::forward}, {"backward", ChannelWork::backward}, {"evaluation", ChannelWork::evaluation}, {"evaluation_backward", ChannelWork::evaluation_backward}};
+  auto find = [](const auto& known, const std::string& wanted, const char* what) {
+    std::string names;
+    for (auto& [name, value] : known) {
+      if (wanted == name) return value;
+      names += (names.empty() ? "" : ", ") + std::string(name);
+    }
+    throw std::invalid_argument(std::string(what) + ": got '" + wanted + "'; accepts " + names);
+  };
+  constexpr std::pair<const char*, DType> dtypes[] = {{"f64", DType::f64}, {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
+  if (n < 1 || c < 1 || hw < 1) throw std::invalid_argument("n, c, hw: got " + std::to_string(n) + ", " + std::to_string(c) + ", " + std::to_string(hw) + "; accepts integers of at least 1");
+  ChannelShape shape{n, c, hw, find(dtypes, dtype, "dtype"), layout(channels_last)};
+  cuda::DeviceFacts facts = device_of(major, minor, multiprocessors, shared_bytes_per_block);
+  ChannelWork what = find(works, work, "work");
+  return describe(shape, what, facts, plan_channels_cuda(shape, what, facts));
 }
 
 std::string plan(const std::string& problem, const std::string& pass, int threads) {
@@ -146,6 +170,9 @@ PYBIND11_MODULE(_C, m) {
         "The kernel, tile, blocks and workspace planned for a problem such as n8c64h56w56k64r3s3u1p1d1g1_f32_nhwc; pass_ is fprop, dgrad or wgrad.");
   m.def("plan_cuda", convkit::plan_cuda, py::arg("problem"), py::arg("pass_") = "fprop", py::arg("major") = 9, py::arg("minor") = 0, py::arg("multiprocessors") = 132,
         py::arg("shared_bytes_per_block") = 227 << 10, "The same for a GPU (an H100, if nothing else is said), which need not be there.");
+  m.def("plan_batch_norm_cuda", convkit::plan_batch_norm_cuda, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("dtype"), py::arg("channels_last"), py::arg("work") = "forward",
+        py::arg("major") = 9, py::arg("minor") = 0, py::arg("multiprocessors") = 132, py::arg("shared_bytes_per_block") = 227 << 10,
+        "The same for batch norm; work is forward, backward, evaluation or evaluation_backward.");
   m.def("build_info", [] {
     py::dict out;
     out["convkit"] = CONVKIT_VERSION;

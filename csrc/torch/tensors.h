@@ -9,6 +9,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iostream>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -85,6 +88,22 @@ inline std::atomic<Winograd>& winograd_switch() {
     return text == "1" ? Winograd::faster : Winograd::never;
   }();
   return chosen;
+}
+
+// Whether CONVKIT_PRINT_PLAN is set: then each plan is a line on stderr, once.
+inline bool printing_plans() {
+  static const bool wanted = [] {
+    const char* v = std::getenv("CONVKIT_PRINT_PLAN");
+    return v != nullptr && *v != '\0' && std::string_view(v) != "0";
+  }();
+  return wanted;
+}
+
+inline void print_once(const std::string& line) {
+  static std::mutex lock;
+  static std::set<std::string> printed;
+  std::lock_guard<std::mutex> hold(lock);
+  if (printed.insert(line).second) std::cerr << "convkit: " << line << std::endl;
 }
 
 // Kernels allocate nothing: they are given their workspace, from torch's allocator.

@@ -1,7 +1,7 @@
 """README.md and benchmarks/results/README.md say what the result files say."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,9 @@ from result_checks import many, results
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
-spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
-readme_tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(readme_tables)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import readme_tables  # noqa: E402
 
 
 def test_readme_is_in_sync_with_the_result_files():
@@ -37,6 +37,22 @@ def test_check_says_what_is_stale(tmp_path, monkeypatch, capsys):
     text = readme.read_text()
     assert text.startswith("before\n<!-- table: cpu means -->\n| family |") and text.endswith("\n<!-- end -->\nafter\n")
     assert "[cpu.json](cpu.json)" in (folder / "README.md").read_text()
+
+
+def test_what_has_run_on_a_gpu(tmp_path):
+    text = readme_tables.on_gpus(tmp_path)
+    assert "Nothing has run on a real GPU yet" in text and "racecheck" in text
+    report = {"schema": 1, "gpu": "Some GPU (sm_90)", "date": "2026-01-02", "torch": "2.11.0", "revision": "0123"}
+    stages = [{"name": "build", "outcome": "ok", "seconds": 9.0, "detail": "for 9.0a"}]
+    stages.append({"name": "memcheck", "outcome": "failed", "seconds": 3.0, "detail": "2 passed | 1 failed"})
+    (tmp_path / "some-gpu").mkdir()
+    (tmp_path / "some-gpu" / "report.json").write_text(json.dumps(report | {"stages": stages}))
+    lines = readme_tables.on_gpus(tmp_path).splitlines()
+    assert "|  | [Some GPU (sm_90)](some-gpu/README.md) |" in lines and "| build | ok: for 9.0a |" in lines
+    assert "| racecheck | not run |" in lines and any("memcheck | failed: 2 passed" in line for line in lines)
+    (tmp_path / "some-gpu" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match="report.json: not a report of `make gpu-report`: KeyError"):
+        readme_tables.on_gpus(tmp_path)
 
 
 @pytest.mark.parametrize("view", ["means", "dense", "depthwise", "batch-norm", "nets"])

@@ -35,11 +35,15 @@ PYBIND11_MODULE(_emulated, m) {
   });
   m.def("uninstall", [] { installed.reset(); });
   m.def("set_most_workspace_bytes", [](int64_t bytes) { emulation::most_workspace_bytes() = bytes; });
-  m.def("set_device", [](int major, int minor, int multiprocessors, int64_t shared_bytes_per_block) {
-    emulation::device().major = major, emulation::device().minor = minor;
-    emulation::device().multiprocessors = multiprocessors;
-    emulation::device().shared_bytes_per_block = shared_bytes_per_block;
-  });
+  m.def(
+      "set_device",
+      [](int major, int minor, int multiprocessors, int64_t shared_bytes_per_block, int largest_cluster) {
+        emulation::device().major = major, emulation::device().minor = minor;
+        emulation::device().multiprocessors = multiprocessors;
+        emulation::device().shared_bytes_per_block = shared_bytes_per_block;
+        emulation::device().largest_cluster = largest_cluster;
+      },
+      py::arg("major"), py::arg("minor"), py::arg("multiprocessors"), py::arg("shared_bytes_per_block"), py::arg("largest_cluster") = 1);
   m.def("counters", [] {
     emulation::Counters c = emulation::counters();
     return py::make_tuple(c.launches, c.blocks, c.accesses);

@@ -1,6 +1,7 @@
 """convkit.explain: every layer of a model with its work, and a model that nothing has happened to."""
 
 import copy
+import importlib
 import json
 import random
 
@@ -22,7 +23,7 @@ from convkit import cli
 from convkit.bench.problems import BatchNormProblem, ConvProblem
 from convkit.bench.results import Failure
 from convkit.bench.timing import interleave
-from convkit.measure import Seconds
+from convkit.measure import Seconds, Task
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,28 @@ def test_rows_of_a_resnet(clock):
     assert first.ratio == 2 and found.slower == ()
     # Two layers of the same problem are timed once.
     assert len(clock.tasks) == len(set(clock.tasks)) < len(found.measured)
+
+
+def test_plans_for_a_gpu_that_is_not_there(monkeypatch):
+    module = importlib.import_module("convkit.explain")
+    monkeypatch.setattr(module, "_gpu", lambda device: (9, 0, 132, 227 << 10))
+    problem = ConvProblem.parse("n32c64h28w28k64r3s3p1g64_bf16_nhwc")
+    plans = module._plans(Task("conv2d", problem, (("bias", False),), ("input", "weight"), "cuda:0"))
+    assert list(plans) == ["fprop", "dgrad", "wgrad"]
+    assert plans["wgrad"] == convkit._C.plan_cuda(str(problem), "wgrad").partition(" -> ")[2]
+    assert all(plan.startswith("depthwise_nhwc_3x3u1, ") for plan in plans.values())
+
+    norm = BatchNormProblem.parse("n256c2048h7w7_bf16_nhwc+res")
+    for training, gradients, names in (
+        (True, ("input", "weight"), ["forward", "backward"]),
+        (False, ("input",), ["forward", "backward"]),
+        (False, (), ["forward"]),
+    ):
+        options = ("affine", True), ("parameters", "f32"), ("training", training)
+        plans = module._plans(Task("batch_norm_relu", norm, options, gradients, "cuda:0"))
+        assert list(plans) == names
+        kernel = "batch_norm_on_chip, " if training else "batch_norm_by_pixels"
+        assert all(plan.startswith(kernel) for plan in plans.values()), plans
 
 
 def test_prints_as_a_table(clock):

@@ -55,7 +55,7 @@ namespace convkit::emulation {
 
 // What is emulated; tests change it. An H100 to begin with.
 struct Device {
-  int major = 9, minor = 0, multiprocessors = 132;
+  int major = 9, minor = 0, multiprocessors = 132, largest_cluster = 8;
   int64_t shared_bytes_per_block = 227 << 10, l2_bytes = 50 << 20;
 };
 Device& device();
