@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace convkit {
 
@@ -121,9 +122,86 @@ bool plan_nchw(const ConvProblem& a, Pass pass, const DeviceFacts& f, DepthwiseN
   return b.shared_bytes <= f.shared_bytes_per_block && b.planes * b.segments * dst_w < INT32_MAX;
 }
 
+// Where tensor cores take the problem: 16-bit types and float32, whose pixels and positions along an axis can be counted in 32
+// bits. Tiles, and splits of the weight gradient, scored by the cycles of the busiest multiprocessor.
+bool plan_tensor(const ConvProblem& a, Pass pass, const DeviceFacts& f, Float32 float32, bool aligned, CudaConvPlan& plan) {
+  constexpr int64_t most = int64_t(1) << 28, most_pixels = INT32_MAX - 512;
+  int64_t element = storage_bytes(a.dtype), V = 16 / element, channels = a.c / a.groups, filters = a.k / a.groups;
+  bool forward = pass == Pass::forward, weights = pass == Pass::weight_grad, nhwc = a.layout == Layout::nhwc;
+  for (int64_t v : {a.h, a.w, a.p, a.q, a.pad_top, a.pad_left, a.r * a.dilation_h, a.s * a.dilation_w, a.stride_h, a.stride_w})
+    if (v >= most) return false;
+  if (a.dtype == DType::f64 || f.major < 8 || a.n * a.h * a.w > most_pixels || a.n * a.p * a.q > most_pixels || (a.p + a.r) * a.stride_h >= most || (a.q + a.s) * a.stride_w >= most) return false;
+  TensorPlan t{};
+  t.exact = a.dtype == DType::f32 && float32 == Float32::full;
+  t.phases = pass == Pass::input_grad ? int(std::min<int64_t>(a.stride_h * a.stride_w, kTensorPhases + 1)) : 1;
+  if (t.phases > kTensorPhases) return false;
+
+  // The image that is gathered by taps is x, or the gradient of y. Few channels, and those of half a chunk, are copied in
+  // halves (float32: single elements); else every pixel has to start at 16 bytes, and what doesn't is laid out anew.
+  int64_t gathered = pass == Pass::input_grad ? filters : channels, half = element == 4 ? 1 : 4;
+  t.granules = gathered % V != 0 && (gathered < V || (nhwc && aligned && element == 2 && gathered % half == 0));
+  int64_t padded = ceil_div(gathered, t.granules ? half : V) * (t.granules ? half : V);
+  bool arrange = !nhwc || !aligned || padded != gathered;
+  int64_t of_src = pass == Pass::forward ? a.n * a.h * a.w : a.n * a.p * a.q, of_x = a.n * a.h * a.w;
+  int64_t bytes = 0;
+  auto take = [&](int64_t size) {
+    int64_t at = bytes;
+    bytes += ceil_div(size, 256) * 256;
+    return at;
+  };
+  if (weights) {
+    t.src_channels = ceil_div(filters, V) * V, t.arrange_src = !nhwc || !aligned || t.src_channels != filters;
+    t.x_channels = padded, t.arrange_x = arrange;
+    if (t.arrange_x) t.x_offset = take(of_x * a.groups * t.x_channels * element);
+  } else {
+    t.src_channels = padded, t.arrange_src = arrange;
+  }
+  if (t.arrange_src) t.src_offset = take(of_src * a.groups * t.src_channels * element);
+
+  int64_t taps = a.r * a.s, depth_of_step = TensorTile::depth_bytes / element;
+  if (taps * padded >= most || taps * padded * a.k >= most * 64) return false;
+  t.weight_pitch = ceil_div(taps * padded, V) * V;
+  // fprop, dgrad: pixels of a phase x filters (channels). The phases of a gradient share the taps among them.
+  int64_t dst = forward ? a.n * a.p * a.q : a.n * ceil_div(a.h, a.stride_h) * ceil_div(a.w, a.stride_w);
+  int64_t rows = weights ? filters : dst, columns = weights ? t.weight_pitch : forward ? filters : channels;
+  double steps = weights ? double(ceil_div(a.n * a.p * a.q, depth_of_step)) : std::max(1.0, double(taps * padded) / double(t.phases * depth_of_step));
+  double rate = a.dtype != DType::f32 ? 1024 : t.exact ? 512.0 / 3 : 512;  // products a cycle of a multiprocessor
+  double best = -1;
+  for (int i = 0; i < int(std::size(kTensorTiles)); ++i) {
+    const TensorTile& tile = kTensorTiles[i];
+    bool compiled = t.granules ? i == 2 || i == 4 : !t.exact || i >= 2;  // with_config() of conv_sm80.cuh
+    if (!compiled || tile.shared_bytes() > f.shared_bytes_per_block) continue;
+    int64_t blocks = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns) * a.groups * t.phases;
+    // A step: products, or bytes through shared memory, written once and read by each warp.
+    double warps = tile.warp_rows * tile.warp_columns, read = tile.rows / tile.warp_rows + tile.columns / tile.warp_columns;
+    double step = std::max(double(tile.rows * tile.columns * depth_of_step) / rate, (warps * read + tile.rows + tile.columns) * TensorTile::depth_bytes / 128.0);
+    double resident = std::min(tile.rows * tile.columns >= 128 * 128 ? 2.0 : tile.rows * tile.columns == 128 * 64 ? 3.0 : 4.0, double(std::max<int64_t>(1, f.shared_bytes_per_block / tile.shared_bytes())));
+    // Until the first stage is there, and until the sums are stored: 1500 cycles, which other blocks use.
+    auto cycles = [&](int64_t blocks, double steps) {
+      double here = double(ceil_div(blocks, f.multiprocessors));
+      return here * steps * step + 1500 * std::max(1.0, here / resident) + (here < resident ? 0.15 * steps * step * (resident - here) : 0);
+    };
+    for (int64_t splits = 1; splits <= (weights ? 1024 : 1) && double(splits) <= steps; splits += std::max<int64_t>(1, splits / 4)) {
+      if (blocks * splits >= INT32_MAX) break;
+      double score = cycles(blocks * splits, std::ceil(steps / double(splits)));
+      // Partial sums are written and read once more: about 16 bytes a cycle and multiprocessor.
+      if (weights) score += 2.0 * double(splits) * double(a.k * t.weight_pitch) * 4 / (16.0 * f.multiprocessors);
+      if (best >= 0 && score >= best) continue;
+      best = score, t.tile = i, plan.splits = splits;
+    }
+  }
+  if (best < 0) return false;
+  if (weights) t.weight_offset = take(plan.splits * a.k * t.weight_pitch * 4);
+  else t.weight_offset = take(a.groups * columns * (taps * padded + t.phases * V) * element);
+  plan.kernel = CudaKernel::tensor;
+  plan.tensor = t;
+  plan.workspace_bytes = bytes;
+  return true;
+}
+
 }  // namespace
 
-CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& f, bool aligned, bool least_workspace) {
+CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& f, Float32 float32, bool aligned, bool least_workspace) {
   CudaConvPlan plan{};
   plan.splits = 1;
   // Blocks without splits, and how finely the sums over all pixels could be cut.
@@ -141,6 +219,8 @@ CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& 
       blocks = ceil_div(a.k, nhwc ? 32 : 1) * a.r, pieces = ceil_div(a.n * a.p * a.q, 512);
     }
     if (weights) sums = a.k * a.r * a.s;
+  } else if (!least_workspace && plan_tensor(a, pass, f, float32, aligned, plan)) {
+    return plan;
   } else {
     plan.kernel = CudaKernel::simt;
     plan.chain = a.dtype == DType::f64 ? 1 << 30 : 32;
@@ -191,6 +271,15 @@ std::string describe(const ConvProblem& a, Pass pass, const DeviceFacts& f, cons
       break;
     }
     case CudaKernel::depthwise_generic: out += "depthwise_generic_" + std::string(name(a.layout)); break;
+    case CudaKernel::tensor: {
+      const TensorTile& b = kTensorTiles[plan.tensor.tile];
+      out += "sm80_" + num(b.rows) + "x" + num(b.columns) + "x" + num(TensorTile::depth_bytes / storage_bytes(a.dtype)) + (a.dtype == DType::f32 ? plan.tensor.exact ? "_3xtf32" : "_tf32" : "") + ", " +
+             num(TensorTile::stages) + " stages, " + num(b.shared_bytes()) + " bytes of shared memory";
+      if (plan.tensor.phases > 1) out += ", " + num(plan.tensor.phases) + " phases";
+      if (plan.tensor.granules) out += ", in granules of " + num(a.dtype == DType::f32 ? 4 : 8) + " bytes";
+      if (plan.tensor.arrange_src || plan.tensor.arrange_x) out += ", laid out anew";
+      break;
+    }
     case CudaKernel::simt: out += "simt_64x64x16"; break;
   }
   if (pass == Pass::weight_grad) out += ", " + num(plan.splits) + " splits";

@@ -41,13 +41,15 @@ def backend(request):
     """Runs a module's tests on the CPU, with the CUDA kernels on the host (tests/emulated.py), and on a GPU.
 
     The value is the device of convkit's tensors. The emulator's operators take the place of the CPU's meanwhile.
+    On a GPU as in the emulator float32 is multiplied in full, not in tf32.
     """
     if request.param == "cpu":
         yield torch.device("cpu")
     elif request.param == "cuda":
         if why := _why_no_gpu():
             pytest.skip(why)
-        yield torch.device("cuda")
+        with emulated.full_float32():
+            yield torch.device("cuda")
     else:
         if why := emulated.why_not():
             pytest.skip(why)

@@ -69,8 +69,22 @@ def load() -> ModuleType:
 
 
 @contextlib.contextmanager
+def full_float32(full: bool = True) -> Iterator[None]:
+    """PyTorch's switch for float32 convolutions on GPUs, which convkit's heed: in full, or in tf32 (its default)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = not full
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
-    """Inside, the operators of CPU tensors are the emulator's. Fails if none of its kernels ran."""
+    """Inside, the operators of CPU tensors are the emulator's. Fails if none of its kernels ran.
+
+    float32 is multiplied in full, not in tf32: as on the CPU, which everything is held against.
+    """
     import convkit  # noqa: F401 (the operators must be there before others take their place)
 
     module = load()
@@ -79,7 +93,8 @@ def installed() -> Iterator[ModuleType]:
         warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
         module.install()
     try:
-        yield module
+        with full_float32():
+            yield module
     finally:
         module.uninstall()
     assert module.counters()[0] > before, "no kernel ran in the emulator"

@@ -108,7 +108,7 @@ void run_on_gpu(const char* op, ConvArgs args, Pass pass, const Tensor& like) {
   const cuda::DeviceFacts& facts = gpu::facts(op, like);
   bool aligned = true;
   for (const void* p : {args.src, args.x, args.bias, static_cast<const void*>(args.dst)}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, aligned, least); },
+  gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, float32_on_gpu(), aligned, least); },
                       [&](int64_t bytes) { return workspace(bytes, like); },
                       [&](const CudaConvPlan& plan, const Tensor& ws) {
                         if (printing_plans()) print_once(describe(args.problem, pass, facts, plan));

@@ -100,7 +100,7 @@ std::string plan_cuda(const std::string& problem, const std::string& pass, int m
   cuda::DeviceFacts facts{"", major, minor, multiprocessors, shared_bytes_per_block, 0};
   ConvProblem a = parse_conv_problem(problem);
   Pass p = parse_pass(pass);
-  return describe(a, p, facts, plan_conv_cuda(a, p, facts));
+  return describe(a, p, facts, plan_conv_cuda(a, p, facts, float32_on_gpu()));
 }
 
 std::string plan(const std::string& problem, const std::string& pass, int threads) {
