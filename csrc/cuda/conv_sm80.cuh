@@ -81,12 +81,12 @@ template <class C, bool along_depth> __device__ __forceinline__ void load_fragme
   }
 }
 
-// v = big + small but for 2^-24 of it. What is not finite has no rest, which would be NaN.
+// v = big + small but for 2^-24 of it; what is not finite has neither, as its rest would be NaN, and so would be its
+// product with another's rest of zero.
 __device__ __forceinline__ void split_tf32(uint32_t v, uint32_t& big, uint32_t& small) {
-  float value = __uint_as_float(v);
+  float value = isfinite(__uint_as_float(v)) ? __uint_as_float(v) : 0.0f;
   big = ptx::to_tf32(value);
-  float rest = value - __uint_as_float(big);
-  small = ptx::to_tf32(isfinite(value) ? rest : 0.0f);
+  small = ptx::to_tf32(value - __uint_as_float(big));
 }
 
 template <class C> __device__ __forceinline__ void multiply(float (&sum)[C::m_tiles][C::n_tiles][4], const Fragments<C>& f) {
@@ -96,28 +96,33 @@ template <class C> __device__ __forceinline__ void multiply(float (&sum)[C::m_ti
 #pragma unroll
       for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k16<typename C::S>(sum[i][j], f.a[i], f.b[j]);
   } else {
-    uint32_t b[C::n_tiles][2], b_small[C::n_tiles][2];
+    if constexpr (C::exact) {  // what tf32 leaves out, before what would swallow it
+      uint32_t b[C::n_tiles][2], b_rest[C::n_tiles][2];
+#pragma unroll
+      for (int j = 0; j < C::n_tiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) split_tf32(f.b[j][e], b[j][e], b_rest[j][e]);
+#pragma unroll
+      for (int i = 0; i < C::m_tiles; ++i) {
+        uint32_t a[4], a_rest[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) split_tf32(f.a[i][e], a[e], a_rest[e]);
+#pragma unroll
+        for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k8_tf32(sum[i][j], a_rest, b[j]);
+#pragma unroll
+        for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k8_tf32(sum[i][j], a, b_rest[j]);
+      }
+    }
+    uint32_t b[C::n_tiles][2];
 #pragma unroll
     for (int j = 0; j < C::n_tiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if constexpr (C::exact) split_tf32(f.b[j][e], b[j][e], b_small[j][e]);
-        else b[j][e] = ptx::to_tf32(__uint_as_float(f.b[j][e]));
-      }
+      for (int e = 0; e < 2; ++e) b[j][e] = ptx::to_tf32(__uint_as_float(f.b[j][e]));
 #pragma unroll
     for (int i = 0; i < C::m_tiles; ++i) {
-      uint32_t a[4], a_small[4];
+      uint32_t a[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if constexpr (C::exact) split_tf32(f.a[i][e], a[e], a_small[e]);
-        else a[e] = ptx::to_tf32(__uint_as_float(f.a[i][e]));
-      }
-      if constexpr (C::exact) {  // the small products first; big ones would swallow them
-#pragma unroll
-        for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k8_tf32(sum[i][j], a_small, b[j]);
-#pragma unroll
-        for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k8_tf32(sum[i][j], a, b_small[j]);
-      }
+      for (int e = 0; e < 4; ++e) a[e] = ptx::to_tf32(__uint_as_float(f.a[i][e]));
 #pragma unroll
       for (int j = 0; j < C::n_tiles; ++j) ptx::mma_m16n8k8_tf32(sum[i][j], a, b[j]);
     }
@@ -161,7 +166,7 @@ template <class P> __global__ void __launch_bounds__(P::C::threads, P::C::blocks
     if constexpr (C::exact) {
       // Tensor cores cut the sums off instead of rounding them: they get short chains, and the totals are added rounded.
       float sum[C::m_tiles][C::n_tiles][4] = {};
-#pragma unroll
+#pragma unroll 1  // unrolled, the fragments of both would have to fit into the registers
       for (int half = 0; half < 2; ++half) {
         Fragments<C> f;
         load_fragments<C, P::along_depth>(f, a, b, half);
