@@ -46,7 +46,7 @@ struct TensorTile {
   static constexpr int stages = 4, depth_bytes = 64;
   constexpr int shared_bytes() const { return stages * (rows + columns) * depth_bytes + rows * 16; }
 };
-inline constexpr TensorTile kTensorTiles[] = {{128, 128, 2, 2}, {256, 64, 4, 1}, {128, 64, 2, 2}, {64, 64, 2, 2}, {128, 32, 4, 1}};
+inline constexpr TensorTile kTensorTiles[] = {{128, 128, 2, 2}, {256, 64, 4, 1}, {128, 64, 2, 2}, {64, 64, 2, 2}, {128, 32, 4, 1}, {64, 128, 2, 2}};
 constexpr int kTensorPhases = 16;  // of a strided input gradient: the product of both strides, at most
 
 struct TensorPlan {
@@ -75,6 +75,16 @@ struct CudaConvPlan {
 // when there is not enough memory for the best one.
 CudaConvPlan plan_conv_cuda(const ConvProblem&, Pass, const cuda::DeviceFacts&, Float32, bool aligned = true, bool least_workspace = false);
 
+// Depthwise + pointwise in one kernel. On tensor cores a block keeps the depthwise result of all channels of 64 pixels in
+// shared memory, as the left operand, and takes a part of the column tiles.
+struct CudaSeparablePlan {
+  bool tensor, exact, arrange_x;
+  int tile, column_blocks, shared_bytes;
+  int64_t channels;  // padded to 16 bytes
+  int64_t x_offset, taps_offset, weight_offset, workspace_bytes;
+};
+CudaSeparablePlan plan_separable_cuda(const ConvProblem& depthwise, int64_t filters, const cuda::DeviceFacts&, Float32, bool aligned = true, bool least_workspace = false);
+
 // Sums over the pixels of each channel: how a channel is cut into pieces.
 struct CudaChannelPlan {
   bool by_pixel;               // rows of memory are pixels of all channels; else planes of one channel
@@ -87,5 +97,6 @@ CudaChannelPlan plan_channels_cuda(const ChannelShape&, const cuda::DeviceFacts&
 
 // One line for people.
 std::string describe(const ConvProblem&, Pass, const cuda::DeviceFacts&, const CudaConvPlan&);
+std::string describe(const ConvProblem& depthwise, int64_t filters, const cuda::DeviceFacts&, const CudaSeparablePlan&);
 
 }  // namespace convkit

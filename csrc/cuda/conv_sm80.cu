@@ -17,100 +17,13 @@ namespace {
 
 constexpr int kPackThreads = 256, kPackPitch = 33;
 
-// One dense product: a grid of w x h positions an image, each of which starts at (start_h + i * step_h, ...) of the
-// source, with r x s taps.
-struct Phase {
-  int h, w, start_h, start_w, r, s;
-  int dst_h, dst_w;                // where the grid's first position is in the destination
+// One dense product, with r x s taps.
+struct Phase : Grid {
+  int r, s;
   int tap_h, tap_w, each_h, each_w;  // the first tap in the filter, and how far to the next
-  int rows, steps, pitch;          // pitch: of a filter's depth, padded to 16 bytes
+  int steps, pitch;                // pitch: of a filter's depth, padded to 16 bytes
   int next_r, next_s, next_c;      // a step of depth, as taps and channels
   int64_t weight;                  // first element of the packed filters
-  FastDiv by_h, by_w;
-};
-
-// What comes after the sums, and where it goes.
-struct Epilogue {
-  void* dst;
-  const void* bias;
-  const float *scale, *shift;
-  bool relu, nhwc, vectors;        // vectors: 16 bytes can be stored at once
-  int64_t h, w, channels;          // of the destination
-  int step_h, step_w;
-};
-
-// A warp's sums go through shared memory, 16 rows at a time, to where neighbouring lanes hold neighbours in memory.
-template <class C> __device__ __forceinline__ void store_tile(const Epilogue& e, const Phase& phase, int row0, int column0, int columns, int group, float (&sum)[C::m_tiles][C::n_tiles][4],
-                                                              unsigned char* shared) {
-  using S = typename C::S;
-  constexpr int V = kVec<S>, wide_pitch = C::warp_columns + V, tall_pitch = 16 + V;  // elements; no two lanes in one bank
-  constexpr int bytes = (C::warp_columns * tall_pitch > 16 * wide_pitch ? C::warp_columns * tall_pitch : 16 * wide_pitch) * int(sizeof(S));
-  static_assert(bytes * C::threads / 32 <= C::stages * C::stage_bytes && bytes % 16 == 0);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  S* staged = reinterpret_cast<S*>(shared + warp * bytes);
-  row0 += warp / C::tile.warp_columns * C::warp_rows;
-  column0 += warp % C::tile.warp_columns * C::warp_columns;
-  int64_t channel0 = int64_t(group) * columns;
-  S* dst = static_cast<S*>(e.dst);
-#pragma unroll
-  for (int j = 0; j < C::n_tiles; ++j)
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      int column = column0 + j * 8 + 2 * t + x;
-      if (column >= columns) continue;
-      float scale = e.scale != nullptr ? e.scale[channel0 + column] : 1.0f, shift = e.shift != nullptr ? e.shift[channel0 + column] : 0.0f;
-      if (e.bias != nullptr) shift += widen(static_cast<const S*>(e.bias)[channel0 + column]);
-#pragma unroll
-      for (int i = 0; i < C::m_tiles; ++i)
-#pragma unroll
-        for (int y = 0; y < 2; ++y) {
-          float v = sum[i][j][y * 2 + x] * scale + shift;
-          sum[i][j][y * 2 + x] = e.relu ? relu(v) : v;
-        }
-    }
-#pragma unroll
-  for (int i = 0; i < C::m_tiles; ++i) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < C::n_tiles; ++j)
-#pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        Pair<S> v{narrow<S>(sum[i][j][y * 2]), narrow<S>(sum[i][j][y * 2 + 1])};
-        int row = g + y * 8, column = j * 8 + 2 * t;
-        if (e.nhwc) *reinterpret_cast<Pair<S>*>(staged + row * wide_pitch + column) = v;
-        else staged[column * tall_pitch + row] = v.x, staged[(column + 1) * tall_pitch + row] = v.y;
-      }
-    __syncwarp();
-    // Chunks of V neighbours: channels of a pixel, or pixels of a channel.
-    constexpr int across = C::warp_columns / V, down = 16 / V;
-#pragma unroll 1
-    for (int at = lane; at < 16 * across; at += 32) {
-      int row = e.nhwc ? at / across : at % down * V, column = e.nhwc ? at % across * V : at / down;
-      const S* from = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
-      int m = row0 + i * 16 + row, k = column0 + column;
-      if (m >= phase.rows || k >= columns) continue;
-      auto place = [&](int position, int filter) -> int64_t {
-        uint32_t x, y, n = phase.by_h.divmod(phase.by_w.divmod(uint32_t(position), x), y);
-        int64_t dst_y = phase.dst_h + int64_t(y) * e.step_h, dst_x = phase.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
-        return e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
-      };
-      if (e.vectors) {
-        *reinterpret_cast<Vec<S>*>(dst + place(m, k)) = *reinterpret_cast<const Vec<S>*>(from);
-      } else {
-#pragma unroll 1
-        for (int v = 0; v < V; ++v) {
-          int position = e.nhwc ? m : m + v, filter = e.nhwc ? k + v : k;
-          if (position < phase.rows && filter < columns) dst[place(position, filter)] = from[v];
-        }
-      }
-    }
-  }
-}
-
-// A position of the grid: where its pixel starts in the source. Outside of the grid: where no tap leads inside.
-struct alignas(16) Position {
-  int64_t offset;
-  int y, x;
 };
 
 struct GatherArgs {
@@ -148,18 +61,7 @@ template <class C_, int granule> struct Gathered : GatherArgs {
     int r, s, c;
     __device__ Left(const Gathered& p, const Task& task, unsigned char* table) {
       const Phase& phase = p.phase[task.phase];
-      Position* positions = reinterpret_cast<Position*>(table);
-      for (int i = threadIdx.x; i < C::rows; i += C::threads) {
-        int m = task.row0 + i;
-        uint32_t x, y, n = phase.by_h.divmod(phase.by_w.divmod(uint32_t(m), x), y);
-        Position at{0, -(1 << 30), 0};
-        if (m < phase.rows) {
-          at.y = int(y) * p.step_h + phase.start_h, at.x = int(x) * p.step_w + phase.start_w;
-          at.offset = ((int64_t(n) * p.src_h + at.y) * p.src_w + at.x) * p.src_pitch + int64_t(task.group) * p.channels;
-        }
-        positions[i] = at;
-      }
-      rows = positions;
+      rows = find_positions<C::rows, C::threads>(table, phase, task.row0, p.src_h, p.src_w, p.src_pitch, p.step_h, p.step_w, int64_t(task.group) * p.channels);
       int d = threadIdx.x % along * (granule / int(sizeof(S))), tap = d / p.channels;
       c = d % p.channels, s = phase.s == 0 ? 0 : tap % phase.s, r = phase.s == 0 ? 0 : tap / phase.s;
     }
@@ -359,9 +261,8 @@ void conv_sm80(const ConvArgs& args, const CudaConvPlan& plan, Pass pass, Stream
         if (y.count <= 0 || x.count <= 0) continue;
         if (y.taps == 0 || x.taps == 0) y.taps = x.taps = 0;
         Phase& f = g.phase[phases++];
-        f.h = y.count, f.w = x.count, f.start_h = y.start, f.start_w = x.start, f.r = y.taps, f.s = x.taps, f.dst_h = y.dst, f.dst_w = x.dst;
-        f.tap_h = y.tap, f.tap_w = x.tap, f.each_h = y.each, f.each_w = x.each;
-        f.rows = int(p.n * f.h * f.w), f.by_h = FastDiv(f.h), f.by_w = FastDiv(f.w);
+        static_cast<Grid&>(f) = grid_of_positions(p.n, y.count, x.count, y.start, x.start, y.dst, x.dst);
+        f.r = y.taps, f.s = x.taps, f.tap_h = y.tap, f.tap_w = x.tap, f.each_h = y.each, f.each_w = x.each;
         int depth = f.r * f.s * g.channels;
         f.pitch = int(ceil_div(depth, kVec<S>)) * kVec<S>, f.steps = int(ceil_div(depth, C::depth));
         int taps = C::depth / g.channels;

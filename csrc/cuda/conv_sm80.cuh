@@ -1,6 +1,6 @@
 // The matrix product on tensor cores that the dense convolutions are (implicit GEMM), for sm_80 and newer: float16,
 // bfloat16, and float32 as tf32 or as three products in tf32. Operands differ in how they are gathered:
-// conv_sm80.cu (forward, input gradient), conv_sm80_wgrad.cu.
+// conv_sm80.cu (forward, input gradient), conv_sm80_wgrad.cu, separable_sm80.cu.
 //
 // A block computes a tile of kTensorTiles in steps of 64 bytes of depth. cp.async brings both operands into a ring of
 // four stages, ldmatrix takes fragments out of it, one barrier a stage. In shared memory chunks of 16 bytes stand where
@@ -129,6 +129,32 @@ template <class C> __device__ __forceinline__ void multiply(float (&sum)[C::m_ti
   }
 }
 
+// The sums of one stage.
+template <class C, bool along_depth> __device__ __forceinline__ void multiply_step(float (&total)[C::m_tiles][C::n_tiles][4], const unsigned char* left, const unsigned char* right) {
+  if constexpr (C::exact) {
+    // Tensor cores cut the sums off instead of rounding them: they get short chains, and the totals are added rounded.
+    float sum[C::m_tiles][C::n_tiles][4] = {};
+#pragma unroll 1  // unrolled, the fragments of both would have to fit into the registers
+    for (int half = 0; half < 2; ++half) {
+      Fragments<C> f;
+      load_fragments<C, along_depth>(f, left, right, half);
+      multiply<C>(sum, f);
+    }
+#pragma unroll
+    for (int i = 0; i < C::m_tiles; ++i)
+#pragma unroll
+      for (int j = 0; j < C::n_tiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[i][j][e] += sum[i][j][e];
+  } else {
+    Fragments<C> f[2];
+    load_fragments<C, along_depth>(f[0], left, right, 0);
+    load_fragments<C, along_depth>(f[1], left, right, 1);  // on its way while the first is multiplied
+    multiply<C>(total, f[0]);
+    multiply<C>(total, f[1]);
+  }
+}
+
 // P has: C, a TensorConfig; along_depth: neighbours along the depth are neighbours in memory, for both operands; what it
 // is given; and
 //   struct Task (p, block index): which tile, bool exists, int steps of depth;
@@ -163,32 +189,122 @@ template <class P> __global__ void __launch_bounds__(P::C::threads, P::C::blocks
     fetch();
     const unsigned char* a = shared + step % C::stages * C::stage_bytes;
     const unsigned char* b = a + C::rows * C::depth_bytes;
-    if constexpr (C::exact) {
-      // Tensor cores cut the sums off instead of rounding them: they get short chains, and the totals are added rounded.
-      float sum[C::m_tiles][C::n_tiles][4] = {};
-#pragma unroll 1  // unrolled, the fragments of both would have to fit into the registers
-      for (int half = 0; half < 2; ++half) {
-        Fragments<C> f;
-        load_fragments<C, P::along_depth>(f, a, b, half);
-        multiply<C>(sum, f);
-      }
-#pragma unroll
-      for (int i = 0; i < C::m_tiles; ++i)
-#pragma unroll
-        for (int j = 0; j < C::n_tiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) total[i][j][e] += sum[i][j][e];
-    } else {
-      Fragments<C> f[2];
-      load_fragments<C, P::along_depth>(f[0], a, b, 0);
-      load_fragments<C, P::along_depth>(f[1], a, b, 1);  // on its way while the first is multiplied
-      multiply<C>(total, f[0]);
-      multiply<C>(total, f[1]);
-    }
+    multiply_step<C, P::along_depth>(total, a, b);
   }
   ptx::copy_async_wait<0>();
   __syncthreads();  // the stages are free
   p.store(task, total, shared);
+}
+
+// Where the rows of a product are: h x w positions in each image, which start at (start + i * step) of the source and end
+// at (dst + i * step) of the destination.
+struct Grid {
+  int h, w, rows, start_h, start_w, dst_h, dst_w;
+  FastDiv by_h, by_w;
+};
+inline Grid grid_of_positions(int64_t n, int h, int w, int start_h, int start_w, int dst_h = 0, int dst_w = 0) {
+  return {h, w, int(n * h * w), start_h, start_w, dst_h, dst_w, FastDiv(h), FastDiv(w)};
+}
+
+// A position of the grid: where its pixel starts in the source. Outside of the grid: where no tap leads inside.
+struct alignas(16) Position {
+  int64_t offset;
+  int y, x;
+};
+
+// The positions of a tile's rows, of a source of h x w pixels of `pitch` elements, into a table in shared memory.
+template <int rows, int threads>
+__device__ __forceinline__ const Position* find_positions(unsigned char* table, const Grid& grid, int row0, int h, int w, int64_t pitch, int step_h, int step_w, int64_t channel) {
+  Position* positions = reinterpret_cast<Position*>(table);
+  for (int i = threadIdx.x; i < rows; i += threads) {
+    int m = row0 + i;
+    uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(m), x), y);
+    Position at{0, -(1 << 30), 0};
+    if (m < grid.rows) {
+      at.y = int(y) * step_h + grid.start_h, at.x = int(x) * step_w + grid.start_w;
+      at.offset = ((int64_t(n) * h + at.y) * w + at.x) * pitch + channel;
+    }
+    positions[i] = at;
+  }
+  return positions;
+}
+
+// What comes after the sums, and where it goes.
+struct Epilogue {
+  void* dst;
+  const void* bias;
+  const float *scale, *shift;
+  bool relu, nhwc, vectors;        // vectors: 16 bytes can be stored at once
+  int64_t h, w, channels;          // of the destination
+  int step_h, step_w;
+};
+
+// A warp's sums go through shared memory, 16 rows at a time, to where neighbouring lanes hold neighbours in memory.
+template <class C> __device__ __forceinline__ void store_tile(const Epilogue& e, const Grid& grid, int row0, int column0, int columns, int group, float (&sum)[C::m_tiles][C::n_tiles][4],
+                                                              unsigned char* shared) {
+  using S = typename C::S;
+  constexpr int V = kVec<S>, wide_pitch = C::warp_columns + V, tall_pitch = 16 + V;  // elements; no two lanes in one bank
+  constexpr int bytes = (C::warp_columns * tall_pitch > 16 * wide_pitch ? C::warp_columns * tall_pitch : 16 * wide_pitch) * int(sizeof(S));
+  static_assert(bytes * C::threads / 32 <= C::stages * C::stage_bytes && bytes % 16 == 0);
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  S* staged = reinterpret_cast<S*>(shared + warp * bytes);
+  row0 += warp / C::tile.warp_columns * C::warp_rows;
+  column0 += warp % C::tile.warp_columns * C::warp_columns;
+  int64_t channel0 = int64_t(group) * columns;
+  S* dst = static_cast<S*>(e.dst);
+#pragma unroll
+  for (int j = 0; j < C::n_tiles; ++j)
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      int column = column0 + j * 8 + 2 * t + x;
+      if (column >= columns) continue;
+      float scale = e.scale != nullptr ? e.scale[channel0 + column] : 1.0f, shift = e.shift != nullptr ? e.shift[channel0 + column] : 0.0f;
+      if (e.bias != nullptr) shift += widen(static_cast<const S*>(e.bias)[channel0 + column]);
+#pragma unroll
+      for (int i = 0; i < C::m_tiles; ++i)
+#pragma unroll
+        for (int y = 0; y < 2; ++y) {
+          float v = sum[i][j][y * 2 + x] * scale + shift;
+          sum[i][j][y * 2 + x] = e.relu ? relu(v) : v;
+        }
+    }
+#pragma unroll
+  for (int i = 0; i < C::m_tiles; ++i) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < C::n_tiles; ++j)
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        Pair<S> v{narrow<S>(sum[i][j][y * 2]), narrow<S>(sum[i][j][y * 2 + 1])};
+        int row = g + y * 8, column = j * 8 + 2 * t;
+        if (e.nhwc) *reinterpret_cast<Pair<S>*>(staged + row * wide_pitch + column) = v;
+        else staged[column * tall_pitch + row] = v.x, staged[(column + 1) * tall_pitch + row] = v.y;
+      }
+    __syncwarp();
+    // Chunks of V neighbours: channels of a pixel, or pixels of a channel.
+    constexpr int across = C::warp_columns / V, down = 16 / V;
+#pragma unroll 1
+    for (int at = lane; at < 16 * across; at += 32) {
+      int row = e.nhwc ? at / across : at % down * V, column = e.nhwc ? at % across * V : at / down;
+      const S* from = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
+      int m = row0 + i * 16 + row, k = column0 + column;
+      if (m >= grid.rows || k >= columns) continue;
+      auto place = [&](int position, int filter) -> int64_t {
+        uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(position), x), y);
+        int64_t dst_y = grid.dst_h + int64_t(y) * e.step_h, dst_x = grid.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
+        return e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
+      };
+      if (e.vectors) {
+        *reinterpret_cast<Vec<S>*>(dst + place(m, k)) = *reinterpret_cast<const Vec<S>*>(from);
+      } else {
+#pragma unroll 1
+        for (int v = 0; v < V; ++v) {
+          int position = e.nhwc ? m : m + v, filter = e.nhwc ? k + v : k;
+          if (position < grid.rows && filter < columns) dst[place(position, filter)] = from[v];
+        }
+      }
+    }
+  }
 }
 
 // An image in channels_last order with the channels of each group padded with zeros, so that every pixel of a group
@@ -221,7 +337,8 @@ template <class F> void with_config(DType dtype, const TensorPlan& plan, F&& f) 
       case 1: return go(std::integral_constant<int, 1>{});
       case 2: return go(std::integral_constant<int, 2>{});
       case 3: return go(std::integral_constant<int, 3>{});
-      default: return go(std::integral_constant<int, 4>{});
+      case 4: return go(std::integral_constant<int, 4>{});
+      default: return go(std::integral_constant<int, 5>{});
     }
   };
   if (dtype == DType::bf16) with_tile(Tag<__nv_bfloat16>{}, std::false_type{});

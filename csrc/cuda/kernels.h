@@ -14,6 +14,7 @@ using Stream = CUstream_st*;  // cudaStream_t
 void depthwise(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
 void conv_sm80(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
 void conv_simt(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
+void separable_sm80(const SeparableArgs&, const CudaSeparablePlan&, Stream);
 void separable_simt(const SeparableArgs&, Stream);
 
 void channel_sum(const ChannelShape&, const CudaChannelPlan&, const void* src, void* sums, void* workspace, Stream);

@@ -332,8 +332,16 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, con
   args.y = convkit::out("the output", out);
 #if defined(CONVKIT_GPU)
   if (gpu::runs(input)) {
-    gpu::facts(op, input);
-    cuda::separable_simt(args, gpu::stream(input));
+    const cuda::DeviceFacts& facts = gpu::facts(op, input);
+    bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0;
+    gpu::with_workspace([&](bool least) { return plan_separable_cuda(args.problem, args.filters, facts, float32_on_gpu(), aligned, least); },
+                        [&](int64_t bytes) { return workspace(bytes, input); },
+                        [&](const CudaSeparablePlan& plan, const Tensor& ws) {
+                          if (printing_plans()) print_once(describe(args.problem, args.filters, facts, plan));
+                          args.workspace = convkit::out("the workspace", ws);
+                          if (plan.tensor) cuda::separable_sm80(args, plan, gpu::stream(input));
+                          else cuda::separable_simt(args, gpu::stream(input));
+                        });
     return out;
   }
 #endif
