@@ -140,12 +140,14 @@ bool countable(const ConvProblem& a) {
   return a.n * a.h * a.w <= most_pixels && a.n * a.p * a.q <= most_pixels && (a.p + a.r) * a.stride_h < most && (a.q + a.s) * a.stride_w < most;
 }
 
-// Cycles of a multiprocessor for 64 bytes of depth of a tile: products, or bytes through shared memory (128 a cycle), where
-// the operands are written once and read by each warp.
-double step_cycles(const TensorTile& tile, DType dtype, bool exact, bool left_is_there) {
+// Cycles of a multiprocessor for 64 bytes of depth of a tile: products; bytes through shared memory (128 a cycle), where the
+// operands are written once and read by each warp; or bytes out of the second cache (25 a cycle). `fresh`: the part of the
+// left operand that comes from there.
+double step_cycles(const TensorTile& tile, DType dtype, bool exact, double fresh) {
   double rate = dtype != DType::f32 ? 1024 : exact ? 512.0 / 3 : 512;  // products a cycle
-  double read = double(tile.rows) * tile.warp_columns + double(tile.columns) * tile.warp_rows, written = tile.columns + (left_is_there ? 0 : tile.rows);
-  return std::max(double(tile.rows * tile.columns) * double(TensorTile::depth_bytes / storage_bytes(dtype)) / rate, (read + written) * TensorTile::depth_bytes / 128.0);
+  double read = double(tile.rows) * tile.warp_columns + double(tile.columns) * tile.warp_rows, written = tile.columns + (fresh > 0 ? tile.rows : 0);
+  return std::max({double(tile.rows * tile.columns) * double(TensorTile::depth_bytes / storage_bytes(dtype)) / rate, (read + written) * TensorTile::depth_bytes / 128.0,
+                   (tile.rows * fresh + tile.columns) * TensorTile::depth_bytes / 25.0});
 }
 
 // Where tensor cores take the problem. Tiles, and splits of the weight gradient, scored by the cycles of the busiest
@@ -177,20 +179,21 @@ bool plan_tensor(const ConvProblem& a, Pass pass, const DeviceFacts& f, Float32 
   if (t.arrange_src) t.src_offset = space.take(of_src * a.groups * t.src_channels * element);
 
   int64_t taps = a.r * a.s, depth_of_step = TensorTile::depth_bytes / element;
-  if (taps * padded >= int64_t(1) << 28) return false;
+  if (a.k * taps * padded >= INT32_MAX / 2) return false;  // weights are counted in 32 bits as well
   t.weight_pitch = ceil_div(taps * padded, V) * V;
   // fprop, dgrad: pixels of a phase x filters (channels). The phases of a gradient share the taps among them.
   int64_t dst = forward ? a.n * a.p * a.q : a.n * ceil_div(a.h, a.stride_h) * ceil_div(a.w, a.stride_w);
   int64_t rows = weights ? filters : dst, columns = weights ? t.weight_pitch : forward ? filters : channels;
   double steps = weights ? double(ceil_div(a.n * a.p * a.q, depth_of_step)) : std::max(1.0, double(taps * padded) / double(t.phases * depth_of_step));
+  double fresh = weights || taps == 1 ? 1 : 1.0 / 3;  // taps of a row find most pixels in the first cache
   double best = -1;
   for (int i = 0; i < int(std::size(kTensorTiles)); ++i) {
     const TensorTile& tile = kTensorTiles[i];
-    bool compiled = t.granules ? i == 2 || i == 4 : !t.exact || i >= 2;  // with_config() of conv_sm80.cuh
+    bool compiled = t.granules ? i == 2 || i == 4 : !t.exact || !tile.large();  // with_config() of conv_sm80.cuh
     if (!compiled || tile.shared_bytes() > f.shared_bytes_per_block) continue;
     int64_t blocks = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns) * a.groups * t.phases;
-    double step = step_cycles(tile, a.dtype, t.exact, false);
-    double resident = std::min(tile.rows * tile.columns >= 128 * 128 ? 2.0 : tile.rows * tile.columns == 128 * 64 ? 3.0 : 4.0, double(std::max<int64_t>(1, f.shared_bytes_per_block / tile.shared_bytes())));
+    double step = step_cycles(tile, a.dtype, t.exact, fresh);
+    double resident = std::min(tile.threads() > 128 ? 1.0 : tile.rows * tile.columns >= 128 * 128 ? 2.0 : tile.rows * tile.columns == 128 * 64 ? 3.0 : 4.0, double(std::max<int64_t>(1, f.shared_bytes_per_block / tile.shared_bytes())));
     // Until the first stage is there, and until the sums are stored: 1500 cycles, which other blocks use.
     auto cycles = [&](int64_t blocks, double steps) {
       double here = double(ceil_div(blocks, f.multiprocessors));
@@ -272,7 +275,7 @@ CudaChannelPlan plan_channels_cuda(const ChannelShape& s, const DeviceFacts& f, 
 CudaSeparablePlan plan_separable_cuda(const ConvProblem& a, int64_t filters, const DeviceFacts& f, Float32 float32, bool aligned, bool least_workspace) {
   CudaSeparablePlan plan{};
   int64_t element = storage_bytes(a.dtype), V = 16 / element;
-  if (least_workspace || a.dtype == DType::f64 || a.k != a.c || !countable(a)) return plan;
+  if (least_workspace || a.dtype == DType::f64 || a.k != a.c || !countable(a) || (filters + a.r * a.s) * (a.c + V) >= INT32_MAX / 2) return plan;
   plan.exact = a.dtype == DType::f32 && float32 == Float32::full;
   plan.channels = ceil_div(a.c, V) * V;
   plan.arrange_x = a.layout != Layout::nhwc || !aligned || plan.channels != a.c;
@@ -285,7 +288,7 @@ CudaSeparablePlan plan_separable_cuda(const ConvProblem& a, int64_t filters, con
     if (shared > f.shared_bytes_per_block) continue;
     int64_t row_tiles = ceil_div(rows, tile.rows), column_tiles = ceil_div(filters, tile.columns);
     // The depthwise part of a block: 64 bytes a cycle out of the first cache, a vector of a tap each.
-    double depthwise = double(tile.rows * plan.channels * element * a.r * a.s) / 64, product = double(steps) * step_cycles(tile, a.dtype, plan.exact, true) + 500;
+    double depthwise = double(tile.rows * plan.channels * element * a.r * a.s) / 64, product = double(steps) * step_cycles(tile, a.dtype, plan.exact, 0) + 500;
     double alone = shared * 2 > f.shared_bytes_per_block ? 1.3 : 1;  // no other block computes while this one loads
     for (int64_t parts = 1; parts <= column_tiles; ++parts) {
       if (row_tiles * parts >= INT32_MAX) break;

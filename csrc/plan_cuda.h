@@ -41,12 +41,13 @@ struct DepthwiseNchwPlan {
 struct TensorTile {
   int rows, columns, warp_rows, warp_columns;
   constexpr int threads() const { return 32 * warp_rows * warp_columns; }
+  constexpr bool large() const { return rows * columns == 64 * 64 * warp_rows * warp_columns; }  // 64 x 64 a warp
   // Stages are of 64 bytes of depth. Four: three on their way while one is computed, 2,000 cycles or more at two blocks a
   // multiprocessor. The table behind them says where the rows are found.
   static constexpr int stages = 4, depth_bytes = 64;
   constexpr int shared_bytes() const { return stages * (rows + columns) * depth_bytes + rows * 16; }
 };
-inline constexpr TensorTile kTensorTiles[] = {{128, 128, 2, 2}, {256, 64, 4, 1}, {128, 64, 2, 2}, {64, 64, 2, 2}, {128, 32, 4, 1}, {64, 128, 2, 2}};
+inline constexpr TensorTile kTensorTiles[] = {{128, 128, 2, 2}, {256, 64, 4, 1}, {128, 64, 2, 2}, {64, 64, 2, 2}, {128, 32, 4, 1}, {64, 128, 2, 2}, {256, 128, 4, 2}};
 constexpr int kTensorPhases = 16;  // of a strided input gradient: the product of both strides, at most
 
 struct TensorPlan {

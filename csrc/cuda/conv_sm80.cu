@@ -1,6 +1,10 @@
 // Dense convolution on tensor cores: forward and input gradient, which are one sum. Rows of the left operand are pixels
-// gathered from the source, depth is (tap, channel), the right operand is the filters, packed beforehand so that their
-// depth lies together.
+// gathered from the source, the right operand is the filters, packed beforehand so that their depth lies together.
+//
+// Depth is (tap, channel), or, where channels are a multiple of a step's, (block of channels, tap, channel): then a step
+// reads the pixels of the one before again, one tap further, and finds them in the first cache. Tiles of 128 x 128 take 16
+// KiB a step, 40 bytes a cycle and multiprocessor of an H100 whose second cache gives 25 or so to each [estimates, not
+// measured]; of the left half, only what no tap has touched yet comes from there.
 //
 // The input gradient of stride U falls apart into U x U phases: pixels of the input whose index leaves the same rest meet
 // the same taps, each pixel one and the same dense sub-filter. All phases are one launch.
@@ -31,6 +35,7 @@ struct GatherArgs {
   int src_h, src_w;
   int64_t src_pitch;               // elements of a pixel
   int channels, columns, groups;   // of a group; channels are padded
+  bool blocked;                    // depth is (channels of a step, tap, channel)
   int step_h, step_w, dilation_h, dilation_w;
   const void* weight;
   int row_tiles, column_tiles;     // row tiles: of the largest phase
@@ -62,7 +67,7 @@ template <class C_, int granule> struct Gathered : GatherArgs {
     __device__ Left(const Gathered& p, const Task& task, unsigned char* table) {
       const Phase& phase = p.phase[task.phase];
       rows = find_positions<C::rows, C::threads>(table, phase, task.row0, p.src_h, p.src_w, p.src_pitch, p.step_h, p.step_w, int64_t(task.group) * p.channels);
-      int d = threadIdx.x % along * (granule / int(sizeof(S))), tap = d / p.channels;
+      int d = threadIdx.x % along * (granule / int(sizeof(S))), tap = d / p.channels;  // blocked: tap 0
       c = d % p.channels, s = phase.s == 0 ? 0 : tap % phase.s, r = phase.s == 0 ? 0 : tap / phase.s;
     }
     __device__ void copy(const Gathered& p, const Task& task, unsigned char* to) {
@@ -76,8 +81,12 @@ template <class C_, int granule> struct Gathered : GatherArgs {
         Position at = rows[row];
         bool inside = tap_exists && unsigned(at.y + tap_y) < unsigned(p.src_h) && unsigned(at.x + tap_x) < unsigned(p.src_w);
         const S* from = static_cast<const S*>(p.src) + (inside ? at.offset + tap : 0);
-        if constexpr (granule == 16) ptx::copy_async_16(to + along_depth_at(row, byte), from, inside ? 16 : 0);
-        else ptx::copy_async_small<granule>(to + along_depth_at(row, byte), from, inside ? granule : 0);
+        ptx::copy_async_cached<granule>(to + along_depth_at(row, byte), from, inside ? granule : 0);
+      }
+      if (p.blocked) {
+        if (++s == phase.s) s = 0, ++r;
+        if (r == phase.r) r = 0, c += C::depth;
+        return;
       }
       c += phase.next_c, s += phase.next_s, r += phase.next_r;
       if (c >= p.channels) c -= p.channels, ++s;
@@ -113,51 +122,53 @@ template <class C_, int granule> struct Gathered : GatherArgs {
 
 // ---- what is laid out anew beforehand ----------------------------------------------------------------------------------
 
-// A block takes pixels x channels of an image through shared memory: read along one, written along the other.
+// A block takes pixels x channels of an image, powers of two, through shared memory: read along one, written along the
+// other.
 struct ArrangeTile {
-  int channels, pixels;            // at most 2048 elements
-  FastDiv by_channels, by_pixels;
+  int log_channels, log_pixels;    // 2048 elements at most
   int64_t pixel_tiles, channel_tiles;
+  FastDiv by_padded;
 };
 
 template <class S> __global__ void __launch_bounds__(kPackThreads) arrange_kernel(Arrangement a, ArrangeTile tile) {
   S* staged = reinterpret_cast<S*>(dynamic_shared());  // [channel][pixel]
   int64_t all = a.groups * a.padded, source_channels = a.groups * a.channels, block = blockIdx.x;
-  int64_t pixel0 = block % tile.pixel_tiles * tile.pixels;
+  int64_t pixel0 = block % tile.pixel_tiles << tile.log_pixels;
   block /= tile.pixel_tiles;
-  int64_t channel0 = block % tile.channel_tiles * tile.channels, n = block / tile.channel_tiles;
+  int64_t channel0 = block % tile.channel_tiles << tile.log_channels, n = block / tile.channel_tiles;
   const S* src = static_cast<const S*>(a.src) + n * source_channels * a.pixels;
   S* dst = static_cast<S*>(a.dst) + (n * a.pixels + pixel0) * all + channel0;
-  uint32_t count = uint32_t(tile.channels * tile.pixels);
-  for (uint32_t i = threadIdx.x; i < count; i += kPackThreads) {
-    uint32_t pixel, channel;
-    if (a.nhwc) pixel = tile.by_channels.divmod(i, channel);
-    else channel = tile.by_pixels.divmod(i, pixel);
-    int64_t to = channel0 + channel, group = to / a.padded, from = to - group * a.padded;
-    bool inside = pixel0 + pixel < a.pixels && group < a.groups && from < a.channels;
-    from += group * a.channels;
+  int count = 1 << (tile.log_channels + tile.log_pixels), channels = 1 << tile.log_channels, pixels = 1 << tile.log_pixels, pitch = pixels + 1;
+  int most_pixels = int(min(a.pixels - pixel0, int64_t(pixels))), most_channels = int(min(all - channel0, int64_t(channels)));
+  for (int i = threadIdx.x; i < count; i += kPackThreads) {
+    int pixel = a.nhwc ? i >> tile.log_channels : i & (pixels - 1), channel = a.nhwc ? i & (channels - 1) : i >> tile.log_pixels;
     S value = narrow<S>(0);
-    if (inside) value = src[a.nhwc ? (pixel0 + pixel) * source_channels + from : from * a.pixels + pixel0 + pixel];
-    staged[channel * (tile.pixels + 1) + pixel] = value;
+    if (pixel < most_pixels && channel < most_channels) {
+      uint32_t of_group, group = tile.by_padded.divmod(uint32_t(channel0) + channel, of_group);
+      int64_t from = group * a.channels + of_group, at = pixel0 + pixel;
+      if (of_group < a.channels) value = src[a.nhwc ? at * source_channels + from : from * a.pixels + at];
+    }
+    staged[channel * pitch + pixel] = value;
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < count; i += kPackThreads) {
-    uint32_t channel, pixel = tile.by_channels.divmod(i, channel);
-    if (pixel0 + pixel < a.pixels && channel0 + channel < all) dst[pixel * all + channel] = staged[channel * (tile.pixels + 1) + pixel];
+  for (int i = threadIdx.x; i < count; i += kPackThreads) {
+    int pixel = i >> tile.log_channels, channel = i & (channels - 1);
+    if (pixel < most_pixels && channel < most_channels) dst[pixel * all + channel] = staged[channel * pitch + pixel];
   }
 }
 
 struct Packing {
   const void* weight;
   WeightStrides strides;
-  bool by_filter;                  // columns are filters and depth is channels, or the other way round
+  bool by_filter, blocked;         // columns are filters and depth is channels, or the other way round
+  int step;                        // channels of a step
   int columns, depth, channels;    // of a group; channels: the depth padded
   int column_tiles, depth_tiles, groups;
   void* packed;
   Phase phase[kTensorPhases];
 };
 
-// (group, column, tap, depth) of each phase; 32 columns x 32 of the depth a block, all taps, which lie together in a
+// (group, column, depth as above) of each phase; 32 columns x 32 of the depth a block, all taps, which lie together in a
 // contiguous weight.
 template <class S> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ Packing a) {
   S* staged = reinterpret_cast<S*>(dynamic_shared());  // [depth][column]
@@ -181,8 +192,9 @@ template <class S> __global__ void __launch_bounds__(kPackThreads) pack_kernel(c
       staged[d * kPackPitch + column] = inside ? of_tap[(column0 + column) * along_columns + (depth0 + d) * along_depth] : narrow<S>(0);
     }
     __syncthreads();
+    int d = depth0 + fast, at = a.blocked ? (d / a.step * phase.r * phase.s + tap) * a.step + d % a.step : tap * a.channels + d;
     for (int i = slow; i < 32; i += kPackThreads / 32)
-      if (column0 + i < a.columns && depth0 + fast < a.channels) packed[int64_t(column0 + i) * phase.pitch + int64_t(tap) * a.channels + depth0 + fast] = staged[fast * kPackPitch + i];
+      if (column0 + i < a.columns && d < a.channels) packed[int64_t(column0 + i) * phase.pitch + at] = staged[fast * kPackPitch + i];
     __syncthreads();
   }
   // What the pitch has more than the taps take.
@@ -224,11 +236,12 @@ template <class S> bool packed_already(const ConvArgs& a, int64_t channels, int6
 void arrange(const Arrangement& a, Stream stream) {
   int64_t all = a.groups * a.padded;
   ArrangeTile tile{};
-  tile.channels = int(std::min<int64_t>(all, 32)), tile.pixels = int(std::min<int64_t>(2048 / tile.channels, std::max<int64_t>(a.pixels, 1)));
-  if (tile.channels < 32) tile.pixels = std::min(tile.pixels, 128);
-  tile.by_channels = FastDiv(tile.channels), tile.by_pixels = FastDiv(tile.pixels);
-  tile.pixel_tiles = ceil_div(a.pixels, tile.pixels), tile.channel_tiles = ceil_div(all, tile.channels);
-  Launch how{grid_of(a.n * tile.pixel_tiles * tile.channel_tiles), dim3(kPackThreads), tile.channels * (tile.pixels + 1) * storage_bytes(a.dtype), stream};
+  while (tile.log_channels < 5 && int64_t(1) << tile.log_channels < all) ++tile.log_channels;
+  tile.log_pixels = std::min(7, 11 - tile.log_channels);
+  tile.pixel_tiles = ceil_div(a.pixels, int64_t(1) << tile.log_pixels), tile.channel_tiles = ceil_div(all, int64_t(1) << tile.log_channels);
+  tile.by_padded = FastDiv(a.padded);
+  int64_t shared = (int64_t(1) << tile.log_channels) * ((int64_t(1) << tile.log_pixels) + 1) * storage_bytes(a.dtype);
+  Launch how{grid_of(a.n * tile.pixel_tiles * tile.channel_tiles), dim3(kPackThreads), shared, stream};
   with_type(a.dtype, [&](auto tag) { launch("arrange", arrange_kernel<typename decltype(tag)::type>, how, a, tile); });
 }
 
@@ -244,7 +257,7 @@ void conv_sm80(const ConvArgs& args, const CudaConvPlan& plan, Pass pass, Stream
     Gathered<C, granule()> g{};
     g.src = args.src, g.groups = int(p.groups), g.channels = int(t.src_channels);
     g.src_h = int(forward ? p.h : p.p), g.src_w = int(forward ? p.w : p.q), g.src_pitch = p.groups * t.src_channels;
-    g.columns = int((forward ? p.k : p.c) / p.groups);
+    g.columns = int((forward ? p.k : p.c) / p.groups), g.blocked = g.channels % C::depth == 0 && p.r * p.s > 1;
     if (t.arrange_src) {
       g.src = workspace + t.src_offset;
       arrange({args.src, workspace + t.src_offset, p.dtype, nhwc, p.n, int64_t(g.src_h) * g.src_w, p.groups, (forward ? p.c : p.k) / p.groups, t.src_channels}, stream);
@@ -271,8 +284,8 @@ void conv_sm80(const ConvArgs& args, const CudaConvPlan& plan, Pass pass, Stream
         most_rows = std::max(most_rows, f.rows);
       }
     g.weight = args.weight;
-    if (!forward || !packed_already<S>(args, g.channels, g.phase[0].pitch)) {
-      Packing k{args.weight, args.weight_strides, forward, g.columns, int((forward ? p.c : p.k) / p.groups), g.channels, 0, 0, g.groups, workspace + t.weight_offset, {}};
+    if (!forward || g.blocked || !packed_already<S>(args, g.channels, g.phase[0].pitch)) {
+      Packing k{args.weight, args.weight_strides, forward, g.blocked, C::depth, g.columns, int((forward ? p.c : p.k) / p.groups), g.channels, 0, 0, g.groups, workspace + t.weight_offset, {}};
       for (int i = 0; i < phases; ++i) k.phase[i] = g.phase[i];
       k.column_tiles = int(ceil_div(k.columns, 32)), k.depth_tiles = int(ceil_div(k.channels, 32));
       launch("pack", pack_kernel<S>, {dim3(unsigned(k.column_tiles) * k.depth_tiles * g.groups * phases), dim3(kPackThreads), 32 * kPackPitch * int64_t(sizeof(S)), stream}, k);

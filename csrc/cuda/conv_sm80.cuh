@@ -27,7 +27,7 @@ template <class S_, bool exact_, int tile_> struct TensorConfig {
   static constexpr int m_tiles = warp_rows / 16, n_tiles = warp_columns / 8;
   static constexpr int stage_bytes = (rows + columns) * depth_bytes;
   static constexpr int sums = m_tiles * n_tiles * 4 * (exact ? 2 : 1);  // of a thread
-  static constexpr int blocks = sums >= 128 ? 2 : sums == 64 ? 3 : 4;  // of a multiprocessor, that have to fit into its registers
+  static constexpr int blocks = threads > 128 ? 1 : sums >= 128 ? 2 : sums == 64 ? 3 : 4;  // of a multiprocessor, that have to fit into its registers
 };
 
 // Where a byte of an operand stands in its part of a stage.
@@ -326,7 +326,7 @@ template <class F> void with_config(DType dtype, const TensorPlan& plan, F&& f) 
   auto with_tile = [&]<class S, bool exact>(Tag<S>, std::bool_constant<exact>) {
     constexpr int granule = sizeof(S) == 4 ? 4 : 8;
     auto go = [&]<int tile>(std::integral_constant<int, tile>) {
-      if constexpr (!(exact && tile < 2)) {
+      if constexpr (!(exact && kTensorTiles[tile].large())) {
         if constexpr (tile == 2 || tile == 4)
           if (plan.granules) return f(TensorConfig<S, exact, tile>{}, std::integral_constant<int, granule>{});
         return f(TensorConfig<S, exact, tile>{}, std::integral_constant<int, 16>{});
@@ -338,7 +338,8 @@ template <class F> void with_config(DType dtype, const TensorPlan& plan, F&& f) 
       case 2: return go(std::integral_constant<int, 2>{});
       case 3: return go(std::integral_constant<int, 3>{});
       case 4: return go(std::integral_constant<int, 4>{});
-      default: return go(std::integral_constant<int, 5>{});
+      case 5: return go(std::integral_constant<int, 5>{});
+      default: return go(std::integral_constant<int, 6>{});
     }
   };
   if (dtype == DType::bf16) with_tile(Tag<__nv_bfloat16>{}, std::false_type{});

@@ -84,8 +84,7 @@ template <class C_, int granule> struct WeightGrad : WeightGradArgs {
         bool there = inside && pixel + i * down < p.pixels && unsigned(at_y) < unsigned(p.h) && unsigned(at_x) < unsigned(p.w);
         const S* from = static_cast<const S*>(p.x) + (there ? ((int64_t(n) * p.h + at_y) * p.w + at_x) * p.groups * p.channels + channel : 0);
         unsigned char* place = to + across_depth_at<S, C::columns>(threadIdx.x / along + i * down, threadIdx.x % along * granule);
-        if constexpr (granule == 16) ptx::copy_async_16(place, from, there ? 16 : 0);
-        else ptx::copy_async_small<granule>(place, from, there ? granule : 0);
+        ptx::copy_async_cached<granule>(place, from, there ? granule : 0);
       }
       pixel += C::depth;
     }
@@ -115,18 +114,20 @@ struct Sums {
   const float* partial;
   void* dst;
   WeightStrides strides;
-  int64_t filters, channels, padded, r, s, pitch, splits;
+  int64_t filters, padded, pitch, splits;
+  uint32_t count;                  // elements of the weight
+  FastDiv by_columns, by_channels, by_s;
 };
 
 template <class S> __global__ void __launch_bounds__(kSumThreads) add_splits(Sums p) {
-  int64_t columns = p.r * p.s * p.channels, all = p.filters * columns, apart = p.filters * p.pitch;
-  for (int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kSumThreads) {
-    int64_t k = i / columns, tap = i % columns / p.channels, c = i % columns % p.channels;
-    const float* from = p.partial + k * p.pitch + tap * p.padded + c;
-    double sum = 0;
-    for (int64_t split = 0; split < p.splits; ++split) sum += double(from[split * apart]);
-    static_cast<S*>(p.dst)[k * p.strides.k + c * p.strides.c + tap / p.s * p.strides.r + tap % p.s * p.strides.s] = narrow<S>(float(sum));
-  }
+  uint32_t i = blockIdx.x * kSumThreads + threadIdx.x, column, c, s;
+  if (i >= p.count) return;
+  uint32_t k = p.by_columns.divmod(i, column), tap = p.by_channels.divmod(column, c), r = p.by_s.divmod(tap, s);
+  const float* from = p.partial + k * p.pitch + tap * p.padded + c;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t split = 0; split < p.splits; ++split) sum += double(from[split * p.filters * p.pitch]);
+  static_cast<S*>(p.dst)[k * p.strides.k + c * p.strides.c + r * p.strides.r + s * p.strides.s] = narrow<S>(float(sum));
 }
 
 }  // namespace
@@ -156,8 +157,9 @@ void conv_sm80_wgrad(const ConvArgs& args, const CudaConvPlan& plan, Stream stre
     g.row_tiles = int(ceil_div(g.filters, C::rows)), g.column_tiles = int(ceil_div(g.columns, C::columns));
     Launch how{dim3(unsigned(g.row_tiles) * g.column_tiles * g.groups * g.splits), dim3(C::threads), C::tile.shared_bytes(), stream};
     launch("conv_sm80_wgrad", product<WeightGrad<C, granule()>>, how, g);
-    Sums sums{g.partial, args.dst, args.weight_strides, p.k, p.c / p.groups, t.x_channels, p.r, p.s, t.weight_pitch, plan.splits};
-    launch("add_splits", add_splits<S>, {grid_of(ceil_div(p.k * (p.c / p.groups) * p.r * p.s, kSumThreads)), dim3(kSumThreads), 0, stream}, sums);
+    int64_t channels = p.c / p.groups, columns = channels * p.r * p.s;
+    Sums sums{g.partial, args.dst, args.weight_strides, p.k, t.x_channels, t.weight_pitch, plan.splits, uint32_t(p.k * columns), FastDiv(columns), FastDiv(channels), FastDiv(p.s)};
+    launch("add_splits", add_splits<S>, {dim3(unsigned(ceil_div(sums.count, kSumThreads))), dim3(kSumThreads), 0, stream}, sums);
   });
 }
 

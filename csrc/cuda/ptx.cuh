@@ -12,7 +12,8 @@ __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvt
 
 // ---- copies from global to shared memory that pass by the registers (cp.async) ---------------------------------------
 
-// Copies 16 bytes, of which the first `valid_bytes` are read and the rest are zeros. Both addresses are aligned to 16.
+// Copies 16 bytes past the first cache, of which the first `valid_bytes` are read and the rest are zeros. Both addresses
+// are aligned to 16.
 __device__ inline void copy_async_16(void* shared, const void* global, int valid_bytes = 16) {
 #if defined(CONVKIT_EMULATION)
   emulation::copy_async(shared, global, 16, valid_bytes);
@@ -21,9 +22,9 @@ __device__ inline void copy_async_16(void* shared, const void* global, int valid
 #endif
 }
 
-// The same of 4 or 8 bytes, aligned to them.
-template <int bytes> __device__ inline void copy_async_small(void* shared, const void* global, int valid_bytes = bytes) {
-  static_assert(bytes == 4 || bytes == 8);
+// The same of 4, 8 or 16 bytes, aligned to them, through the first cache: for what the block will read again.
+template <int bytes> __device__ inline void copy_async_cached(void* shared, const void* global, int valid_bytes = bytes) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
 #if defined(CONVKIT_EMULATION)
   emulation::copy_async(shared, global, bytes, valid_bytes);
 #else

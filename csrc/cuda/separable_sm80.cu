@@ -119,17 +119,14 @@ struct Filters {
 };
 
 template <class S> __global__ void __launch_bounds__(kPrepareThreads) pack_separable(Filters a) {
-  int64_t of_taps = a.taps * a.padded, all = of_taps + a.filters * a.padded;
-  for (int64_t i = int64_t(blockIdx.x) * kPrepareThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kPrepareThreads) {
-    int64_t c = i % a.padded, row = i / a.padded;
-    bool there = c < a.channels;
-    if (i < of_taps) {
-      const WeightStrides& w = a.depthwise_strides;
-      a.to_taps[i] = there ? widen(static_cast<const S*>(a.depthwise)[c * w.k + row / a.s * w.r + row % a.s * w.s]) : 0.0f;
-    } else {
-      row -= a.taps;
-      static_cast<S*>(a.to_weight)[i - of_taps] = there ? static_cast<const S*>(a.pointwise)[row * a.pointwise_strides.k + c * a.pointwise_strides.c] : narrow<S>(0);
-    }
+  uint32_t i = blockIdx.x * kPrepareThreads + threadIdx.x, padded = uint32_t(a.padded), row = i / padded, c = i % padded, s = uint32_t(a.s);
+  bool there = c < a.channels;
+  if (row < a.taps) {
+    const WeightStrides& w = a.depthwise_strides;
+    a.to_taps[i] = there ? widen(static_cast<const S*>(a.depthwise)[c * w.k + row / s * w.r + row % s * w.s]) : 0.0f;
+  } else if (row < a.taps + a.filters) {
+    row -= uint32_t(a.taps);
+    static_cast<S*>(a.to_weight)[row * a.padded + c] = there ? static_cast<const S*>(a.pointwise)[row * a.pointwise_strides.k + c * a.pointwise_strides.c] : narrow<S>(0);
   }
 }
 
