@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 namespace convkit {
@@ -122,9 +123,104 @@ bool plan_nchw(const ConvProblem& a, Pass pass, const DeviceFacts& f, DepthwiseN
   return b.shared_bytes <= f.shared_bytes_per_block && b.planes * b.segments * dst_w < INT32_MAX;
 }
 
+// Bytes that parts of a workspace take, each from a multiple of 256.
+struct Workspace {
+  int64_t bytes = 0;
+  int64_t take(int64_t size) {
+    int64_t at = bytes;
+    bytes += ceil_div(size, 256) * 256;
+    return at;
+  }
+};
+
+// Pixels, and positions along an axis, that can be counted in 32 bits.
+bool countable(const ConvProblem& a) {
+  constexpr int64_t most = int64_t(1) << 28, most_pixels = INT32_MAX - 512;
+  for (int64_t v : {a.h, a.w, a.p, a.q, a.pad_top, a.pad_left, a.r * a.dilation_h, a.s * a.dilation_w, a.stride_h, a.stride_w})
+    if (v >= most) return false;
+  return a.n * a.h * a.w <= most_pixels && a.n * a.p * a.q <= most_pixels && (a.p + a.r) * a.stride_h < most && (a.q + a.s) * a.stride_w < most;
+}
+
+// Cycles of a multiprocessor for 64 bytes of depth of a tile: products; bytes through shared memory (128 a cycle), where the
+// operands are written once and read by each warp; or bytes out of the second cache (25 a cycle). `fresh`: the part of the
+// left operand that comes from there.
+double step_cycles(const TensorTile& tile, DType dtype, bool exact, double fresh) {
+  double rate = dtype != DType::f32 ? 1024 : exact ? 512.0 / 3 : 512;  // products a cycle
+  double read = double(tile.rows) * tile.warp_columns + double(tile.columns) * tile.warp_rows, written = tile.columns + (fresh > 0 ? tile.rows : 0);
+  return std::max({double(tile.rows * tile.columns) * double(TensorTile::depth_bytes / storage_bytes(dtype)) / rate, (read + written) * TensorTile::depth_bytes / 128.0,
+                   (tile.rows * fresh + tile.columns) * TensorTile::depth_bytes / 25.0});
+}
+
+// Where tensor cores take the problem. Tiles, and splits of the weight gradient, scored by the cycles of the busiest
+// multiprocessor.
+bool plan_tensor(const ConvProblem& a, Pass pass, const DeviceFacts& f, Float32 float32, bool aligned, CudaConvPlan& plan) {
+  int64_t element = storage_bytes(a.dtype), V = 16 / element, channels = a.c / a.groups, filters = a.k / a.groups;
+  bool forward = pass == Pass::forward, weights = pass == Pass::weight_grad, nhwc = a.layout == Layout::nhwc;
+  if (a.dtype == DType::f64 || !countable(a)) return false;
+  TensorPlan t{};
+  t.exact = a.dtype == DType::f32 && float32 == Float32::full;
+  t.phases = pass == Pass::input_grad ? int(std::min<int64_t>(a.stride_h * a.stride_w, kTensorPhases + 1)) : 1;
+  if (t.phases > kTensorPhases) return false;
+
+  // The image that is gathered by taps is x, or the gradient of y. Few channels, and those of half a chunk, are copied in
+  // halves (float32: single elements); else every pixel has to start at 16 bytes, and what doesn't is laid out anew.
+  int64_t gathered = pass == Pass::input_grad ? filters : channels, half = element == 4 ? 1 : 4;
+  t.granules = gathered % V != 0 && (gathered < V || (nhwc && aligned && element == 2 && gathered % half == 0));
+  int64_t padded = ceil_div(gathered, t.granules ? half : V) * (t.granules ? half : V);
+  bool arrange = !nhwc || !aligned || padded != gathered;
+  int64_t of_src = pass == Pass::forward ? a.n * a.h * a.w : a.n * a.p * a.q, of_x = a.n * a.h * a.w;
+  Workspace space;
+  if (weights) {
+    t.src_channels = ceil_div(filters, V) * V, t.arrange_src = !nhwc || !aligned || t.src_channels != filters;
+    t.x_channels = padded, t.arrange_x = arrange;
+    if (t.arrange_x) t.x_offset = space.take(of_x * a.groups * t.x_channels * element);
+  } else {
+    t.src_channels = padded, t.arrange_src = arrange;
+  }
+  if (t.arrange_src) t.src_offset = space.take(of_src * a.groups * t.src_channels * element);
+
+  int64_t taps = a.r * a.s, depth_of_step = TensorTile::depth_bytes / element;
+  if (a.k * taps * padded >= INT32_MAX / 2) return false;  // weights are counted in 32 bits as well
+  t.weight_pitch = ceil_div(taps * padded, V) * V;
+  // fprop, dgrad: pixels of a phase x filters (channels). The phases of a gradient share the taps among them.
+  int64_t dst = forward ? a.n * a.p * a.q : a.n * ceil_div(a.h, a.stride_h) * ceil_div(a.w, a.stride_w);
+  int64_t rows = weights ? filters : dst, columns = weights ? t.weight_pitch : forward ? filters : channels;
+  double steps = weights ? double(ceil_div(a.n * a.p * a.q, depth_of_step)) : std::max(1.0, double(taps * padded) / double(t.phases * depth_of_step));
+  double fresh = weights || taps == 1 ? 1 : 1.0 / 3;  // taps of a row find most pixels in the first cache
+  double best = -1;
+  for (int i = 0; i < int(std::size(kTensorTiles)); ++i) {
+    const TensorTile& tile = kTensorTiles[i];
+    bool compiled = t.granules ? i == 2 || i == 4 : !t.exact || !tile.large();  // with_config() of conv_sm80.cuh
+    if (!compiled || tile.shared_bytes() > f.shared_bytes_per_block) continue;
+    int64_t blocks = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns) * a.groups * t.phases;
+    double step = step_cycles(tile, a.dtype, t.exact, fresh);
+    double resident = std::min(tile.threads() > 128 ? 1.0 : tile.rows * tile.columns >= 128 * 128 ? 2.0 : tile.rows * tile.columns == 128 * 64 ? 3.0 : 4.0, double(std::max<int64_t>(1, f.shared_bytes_per_block / tile.shared_bytes())));
+    // Until the first stage is there, and until the sums are stored: 1500 cycles, which other blocks use.
+    auto cycles = [&](int64_t blocks, double steps) {
+      double here = double(ceil_div(blocks, f.multiprocessors));
+      return here * steps * step + 1500 * std::max(1.0, here / resident) + (here < resident ? 0.15 * steps * step * (resident - here) : 0);
+    };
+    for (int64_t splits = 1; splits <= (weights ? 1024 : 1) && double(splits) <= steps; splits += std::max<int64_t>(1, splits / 4)) {
+      if (blocks * splits >= INT32_MAX) break;
+      double score = cycles(blocks * splits, std::ceil(steps / double(splits)));
+      // Partial sums are written and read once more: about 16 bytes a cycle and multiprocessor.
+      if (weights) score += 2.0 * double(splits) * double(a.k * t.weight_pitch) * 4 / (16.0 * f.multiprocessors);
+      if (best >= 0 && score >= best) continue;
+      best = score, t.tile = i, plan.splits = splits;
+    }
+  }
+  if (best < 0) return false;
+  if (weights) t.weight_offset = space.take(plan.splits * a.k * t.weight_pitch * 4);
+  else t.weight_offset = space.take(a.groups * columns * (taps * padded + t.phases * V) * element);
+  plan.kernel = CudaKernel::tensor;
+  plan.tensor = t;
+  plan.workspace_bytes = space.bytes;
+  return true;
+}
+
 }  // namespace
 
-CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& f, bool aligned, bool least_workspace) {
+CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& f, Float32 float32, bool aligned, bool least_workspace) {
   CudaConvPlan plan{};
   plan.splits = 1;
   // Blocks without splits, and how finely the sums over all pixels could be cut.
@@ -142,6 +238,8 @@ CudaConvPlan plan_conv_cuda(const ConvProblem& a, Pass pass, const DeviceFacts& 
       blocks = ceil_div(a.k, nhwc ? 32 : 1) * a.r, pieces = ceil_div(a.n * a.p * a.q, 512);
     }
     if (weights) sums = a.k * a.r * a.s;
+  } else if (!least_workspace && plan_tensor(a, pass, f, float32, aligned, plan)) {
+    return plan;
   } else {
     plan.kernel = CudaKernel::simt;
     plan.chain = a.dtype == DType::f64 ? 1 << 30 : 32;
@@ -231,6 +329,50 @@ CudaChannelPlan plan_channels_cuda(const ChannelShape& s, ChannelWork work, cons
   return b;
 }
 
+CudaSeparablePlan plan_separable_cuda(const ConvProblem& a, int64_t filters, const DeviceFacts& f, Float32 float32, bool aligned, bool least_workspace) {
+  CudaSeparablePlan plan{};
+  int64_t element = storage_bytes(a.dtype), V = 16 / element;
+  if (least_workspace || a.dtype == DType::f64 || a.k != a.c || !countable(a) || (filters + a.r * a.s) * (a.c + V) >= INT32_MAX / 2) return plan;
+  plan.exact = a.dtype == DType::f32 && float32 == Float32::full;
+  plan.channels = ceil_div(a.c, V) * V;
+  plan.arrange_x = a.layout != Layout::nhwc || !aligned || plan.channels != a.c;
+  int64_t steps = ceil_div(plan.channels * element, TensorTile::depth_bytes), rows = a.n * a.p * a.q;
+  double best = -1;
+  for (int i = 0; i < int(std::size(kTensorTiles)); ++i) {
+    const TensorTile& tile = kTensorTiles[i];
+    if (tile.rows != 64) continue;
+    int64_t shared = (steps * tile.rows + TensorTile::stages * tile.columns) * TensorTile::depth_bytes + tile.rows * 16 + tile.warp_rows * tile.columns * (16 + V) * element;
+    if (shared > f.shared_bytes_per_block) continue;
+    int64_t row_tiles = ceil_div(rows, tile.rows), column_tiles = ceil_div(filters, tile.columns);
+    // The depthwise part of a block: 64 bytes a cycle out of the first cache, a vector of a tap each.
+    double depthwise = double(tile.rows * plan.channels * element * a.r * a.s) / 64, product = double(steps) * step_cycles(tile, a.dtype, plan.exact, 0) + 500;
+    double alone = shared * 2 > f.shared_bytes_per_block ? 1.3 : 1;  // no other block computes while this one loads
+    for (int64_t parts = 1; parts <= column_tiles; ++parts) {
+      if (row_tiles * parts >= INT32_MAX) break;
+      double score = double(ceil_div(row_tiles * parts, f.multiprocessors)) * (depthwise + double(ceil_div(column_tiles, parts)) * product) * alone;
+      if (best >= 0 && score >= best) continue;
+      best = score, plan.tensor = true, plan.tile = i, plan.column_blocks = int(parts), plan.shared_bytes = int(shared);
+    }
+  }
+  if (!plan.tensor) return plan;
+  Workspace space;
+  if (plan.arrange_x) plan.x_offset = space.take(a.n * a.h * a.w * plan.channels * element);
+  plan.taps_offset = space.take(a.r * a.s * plan.channels * 4);
+  plan.weight_offset = space.take(filters * plan.channels * element);
+  plan.workspace_bytes = space.bytes;
+  return plan;
+}
+
+std::string describe(const ConvProblem& a, int64_t filters, const DeviceFacts& f, const CudaSeparablePlan& plan) {
+  auto num = [](int64_t v) { return std::to_string(v); };
+  std::string out = "separable " + to_string(a) + " to " + num(filters) + " filters -> ";
+  if (plan.tensor)
+    out += "separable_sm80_64x" + num(kTensorTiles[plan.tile].columns) + (a.dtype == DType::f32 ? plan.exact ? "_3xtf32" : "_tf32" : "") + ", " + num(plan.column_blocks) + " blocks of columns, " +
+           num(plan.shared_bytes) + " bytes of shared memory" + (plan.arrange_x ? ", laid out anew" : "");
+  else out += "separable_simt_64x64x16";
+  return out + ", " + num(plan.workspace_bytes) + " bytes of workspace, sm_" + num(f.major) + num(f.minor) + " with " + num(f.multiprocessors) + " multiprocessors";
+}
+
 std::string describe(const ConvProblem& a, Pass pass, const DeviceFacts& f, const CudaConvPlan& plan) {
   std::string out = std::string(name(pass)) + " " + to_string(a) + " -> ";
   auto num = [](int64_t v) { return std::to_string(v); };
@@ -248,6 +390,15 @@ std::string describe(const ConvProblem& a, Pass pass, const DeviceFacts& f, cons
       break;
     }
     case CudaKernel::depthwise_generic: out += "depthwise_generic_" + std::string(name(a.layout)); break;
+    case CudaKernel::tensor: {
+      const TensorTile& b = kTensorTiles[plan.tensor.tile];
+      out += "sm80_" + num(b.rows) + "x" + num(b.columns) + "x" + num(TensorTile::depth_bytes / storage_bytes(a.dtype)) + (a.dtype == DType::f32 ? plan.tensor.exact ? "_3xtf32" : "_tf32" : "") + ", " +
+             num(TensorTile::stages) + " stages, " + num(b.shared_bytes()) + " bytes of shared memory";
+      if (plan.tensor.phases > 1) out += ", " + num(plan.tensor.phases) + " phases";
+      if (plan.tensor.granules) out += ", in granules of " + num(a.dtype == DType::f32 ? 4 : 8) + " bytes";
+      if (plan.tensor.arrange_src || plan.tensor.arrange_x) out += ", laid out anew";
+      break;
+    }
     case CudaKernel::simt: out += "simt_64x64x16"; break;
   }
   if (pass == Pass::weight_grad) out += ", " + num(plan.splits) + " splits";

@@ -10,7 +10,11 @@
 
 namespace convkit {
 
-enum class CudaKernel { depthwise_nhwc, depthwise_nchw, depthwise_generic, simt };
+enum class CudaKernel { depthwise_nhwc, depthwise_nchw, depthwise_generic, tensor, simt };
+
+// What float32 is multiplied in where tensor cores do it: tf32 (10 bits of fraction), or three products of it that
+// together have float32's accuracy.
+enum class Float32 : int { full, tf32 };
 
 // A block of depthwise_nhwc takes `lanes` vectors of 16 bytes of channels (a power of two) and a tile of rows x strips of
 // the output, a strip being as many neighbouring columns as a thread has accumulators for.
@@ -30,8 +34,37 @@ struct DepthwiseNchwPlan {
   int shared_bytes;
 };
 
+// A tile of the matrix product of a block, and how many warps share it along its rows and columns. A warp has 64 x 64
+// sums, 64 x 32 or 32 x 32. For each 32 bytes of depth it reads 64 x 64: 4 KiB of shared memory for 32 instructions of a
+// matrix product, 64 x 32: 3 KiB for 16, 32 x 32: 2 KiB for 8; the first alone leaves shared memory (128 bytes a cycle)
+// faster than the tensor cores (an instruction in 1.0 to 1.6 cycles of a multiprocessor).
+struct TensorTile {
+  int rows, columns, warp_rows, warp_columns;
+  constexpr int threads() const { return 32 * warp_rows * warp_columns; }
+  constexpr bool large() const { return rows * columns == 64 * 64 * warp_rows * warp_columns; }  // 64 x 64 a warp
+  // Stages are of 64 bytes of depth. Four: three on their way while one is computed, 2,000 cycles or more at two blocks a
+  // multiprocessor. The table behind them says where the rows are found.
+  static constexpr int stages = 4, depth_bytes = 64;
+  constexpr int shared_bytes() const { return stages * (rows + columns) * depth_bytes + rows * 16; }
+};
+inline constexpr TensorTile kTensorTiles[] = {{128, 128, 2, 2}, {256, 64, 4, 1}, {128, 64, 2, 2}, {64, 64, 2, 2}, {128, 32, 4, 1}, {64, 128, 2, 2}, {256, 128, 4, 2}};
+constexpr int kTensorPhases = 16;  // of a strided input gradient: the product of both strides, at most
+
+struct TensorPlan {
+  int tile;
+  bool exact;               // float32 as three products in tf32
+  bool granules;            // the image is copied in 8 bytes (float32: 4), for channels that are no multiple of 16 bytes
+  bool arrange_src, arrange_x;  // into channels_last, the channels of a group padded to 16 bytes
+  int64_t src_channels, x_channels;  // of a group, padded
+  int phases;
+  int64_t weight_pitch;     // weight gradient: columns of the partial sums, padded
+  // Bytes from the start of the workspace.
+  int64_t src_offset, x_offset, weight_offset;
+};
+
 struct CudaConvPlan {
   CudaKernel kernel;
+  TensorPlan tensor;
   DepthwiseNhwcPlan nhwc;
   DepthwiseNchwPlan nchw;
   int64_t splits;          // weight gradient: partial sums, added in order
@@ -41,7 +74,17 @@ struct CudaConvPlan {
 
 // `aligned`: source and destination start at multiples of 16 bytes. `least_workspace`: the plan that needs least, for
 // when there is not enough memory for the best one.
-CudaConvPlan plan_conv_cuda(const ConvProblem&, Pass, const cuda::DeviceFacts&, bool aligned = true, bool least_workspace = false);
+CudaConvPlan plan_conv_cuda(const ConvProblem&, Pass, const cuda::DeviceFacts&, Float32, bool aligned = true, bool least_workspace = false);
+
+// Depthwise + pointwise in one kernel. On tensor cores a block keeps the depthwise result of all channels of 64 pixels in
+// shared memory, as the left operand, and takes a part of the column tiles.
+struct CudaSeparablePlan {
+  bool tensor, exact, arrange_x;
+  int tile, column_blocks, shared_bytes;
+  int64_t channels;  // padded to 16 bytes
+  int64_t x_offset, taps_offset, weight_offset, workspace_bytes;
+};
+CudaSeparablePlan plan_separable_cuda(const ConvProblem& depthwise, int64_t filters, const cuda::DeviceFacts&, Float32, bool aligned = true, bool least_workspace = false);
 
 // What is done with the values of each channel. `evaluation`: batch norm with statistics that are known.
 enum class ChannelWork { sums, forward, backward, evaluation, evaluation_backward };
@@ -79,5 +122,6 @@ CudaChannelPlan plan_channels_cuda(const ChannelShape&, ChannelWork, const cuda:
 // One line for people.
 std::string describe(const ConvProblem&, Pass, const cuda::DeviceFacts&, const CudaConvPlan&);
 std::string describe(const ChannelShape&, ChannelWork, const cuda::DeviceFacts&, const CudaChannelPlan&);
+std::string describe(const ConvProblem& depthwise, int64_t filters, const cuda::DeviceFacts&, const CudaSeparablePlan&);
 
 }  // namespace convkit

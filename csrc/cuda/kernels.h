@@ -12,7 +12,9 @@ namespace convkit::cuda {
 using Stream = CUstream_st*;  // cudaStream_t
 
 void depthwise(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
+void conv_sm80(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
 void conv_simt(const ConvArgs&, const CudaConvPlan&, Pass, Stream);
+void separable_sm80(const SeparableArgs&, const CudaSeparablePlan&, Stream);
 void separable_simt(const SeparableArgs&, Stream);
 
 void channel_sum(const ChannelShape&, const CudaChannelPlan&, const void* src, void* sums, void* workspace, Stream);
@@ -38,7 +40,8 @@ void col2im(const ColumnsArgs&, Stream);
 
 // The kernel that the plan names.
 inline void conv(const ConvArgs& a, const CudaConvPlan& plan, Pass pass, Stream stream) {
-  if (plan.kernel == CudaKernel::simt) conv_simt(a, plan, pass, stream);
+  if (plan.kernel == CudaKernel::tensor) conv_sm80(a, plan, pass, stream);
+  else if (plan.kernel == CudaKernel::simt) conv_simt(a, plan, pass, stream);
   else depthwise(a, plan, pass, stream);
 }
 

@@ -12,7 +12,8 @@ __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvt
 
 // ---- copies from global to shared memory that pass by the registers (cp.async) ---------------------------------------
 
-// Copies 16 bytes, of which the first `valid_bytes` are read and the rest are zeros. Both addresses are aligned to 16.
+// Copies 16 bytes past the first cache, of which the first `valid_bytes` are read and the rest are zeros. Both addresses
+// are aligned to 16.
 __device__ inline void copy_async_16(void* shared, const void* global, int valid_bytes = 16) {
 #if defined(CONVKIT_EMULATION)
   emulation::copy_async(shared, global, 16, valid_bytes);
@@ -21,9 +22,9 @@ __device__ inline void copy_async_16(void* shared, const void* global, int valid
 #endif
 }
 
-// The same of 4 or 8 bytes, aligned to them.
-template <int bytes> __device__ inline void copy_async_small(void* shared, const void* global, int valid_bytes = bytes) {
-  static_assert(bytes == 4 || bytes == 8);
+// The same of 4, 8 or 16 bytes, aligned to them, through the first cache: for what the block will read again.
+template <int bytes> __device__ inline void copy_async_cached(void* shared, const void* global, int valid_bytes = bytes) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
 #if defined(CONVKIT_EMULATION)
   emulation::copy_async(shared, global, bytes, valid_bytes);
 #else
@@ -176,10 +177,10 @@ template <class H> __device__ inline void mma_m16n8k16(float (&d)[4], const uint
   });
 #else
   if constexpr (std::is_same_v<H, __half>)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
@@ -196,7 +197,7 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], c
     });
   });
 #else
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }

@@ -89,7 +89,7 @@ void run_on_gpu(const char* op, ConvArgs args, Pass pass, const Tensor& like) {
   const cuda::DeviceFacts& facts = gpu::facts(op, like);
   bool aligned = true;
   for (const void* p : {args.src, args.x, args.bias, static_cast<const void*>(args.dst)}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, aligned, least); },
+  gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, float32_on_gpu(), aligned, least); },
                       [&](int64_t bytes) { return workspace(bytes, like); },
                       [&](const CudaConvPlan& plan, const Tensor& ws) {
                         if (printing_plans()) print_once(describe(args.problem, pass, facts, plan));
@@ -313,8 +313,16 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, con
   args.y = convkit::out("the output", out);
 #if defined(CONVKIT_GPU)
   if (gpu::runs(input)) {
-    gpu::facts(op, input);
-    cuda::separable_simt(args, gpu::stream(input));
+    const cuda::DeviceFacts& facts = gpu::facts(op, input);
+    bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0;
+    gpu::with_workspace([&](bool least) { return plan_separable_cuda(args.problem, args.filters, facts, float32_on_gpu(), aligned, least); },
+                        [&](int64_t bytes) { return workspace(bytes, input); },
+                        [&](const CudaSeparablePlan& plan, const Tensor& ws) {
+                          if (printing_plans()) print_once(describe(args.problem, args.filters, facts, plan));
+                          args.workspace = convkit::out("the workspace", ws);
+                          if (plan.tensor) cuda::separable_sm80(args, plan, gpu::stream(input));
+                          else cuda::separable_simt(args, gpu::stream(input));
+                        });
     return out;
   }
 #endif

@@ -104,7 +104,7 @@ std::string plan_cuda(const std::string& problem, const std::string& pass, int m
   cuda::DeviceFacts facts = device_of(major, minor, multiprocessors, shared_bytes_per_block);
   ConvProblem a = parse_conv_problem(problem);
   Pass p = parse_pass(pass);
-  return describe(a, p, facts, plan_conv_cuda(a, p, facts));
+  return describe(a, p, facts, plan_conv_cuda(a, p, facts, float32_on_gpu()));
 }
 
 std::string plan_batch_norm_cuda(int64_t n, int64_t c, int64_t hw, const std::string& dtype, bool channels_last, const std::string& work, int major, int minor, int multiprocessors,

@@ -1,6 +1,7 @@
 // What every operator needs of its tensors: dtype, layout, checks, threads, workspace.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -104,6 +105,13 @@ inline void print_once(const std::string& line) {
   static std::set<std::string> printed;
   std::lock_guard<std::mutex> hold(lock);
   if (printed.insert(line).second) std::cerr << "convkit: " << line << std::endl;
+}
+
+// What PyTorch's switches (torch.backends.cudnn.allow_tf32, or torch.backends.cudnn.conv.fp32_precision and what that
+// inherits from) say of float32 convolutions on a GPU: tf32, unless someone has asked for more.
+inline Float32 float32_on_gpu() {
+  bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) == at::Float32Precision::TF32;
+  return tf32 ? Float32::tf32 : Float32::full;
 }
 
 // Kernels allocate nothing: they are given their workspace, from torch's allocator.
