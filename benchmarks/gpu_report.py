@@ -337,10 +337,13 @@ def means(out: Path) -> list[list[str]]:
 
 def summarise(out: Path, outcomes: Sequence[Outcome], facts: Mapping[str, Any], say: Callable = print) -> None:
     """Writes README.md and the pictures, and prints the tables."""
-    table = means(out)
+    try:
+        table, pictures = means(out), _draw(out, say)
+    except ImportError as error:  # not built
+        say(str(error))
+        table, pictures = [[]], []
     stage_lines = [["stage", "outcome", "seconds", "what"]]
     stage_lines += [[one.name, one.outcome, f"{one.seconds:.0f}", one.detail] for one in outcomes]
-    pictures = _draw(out, say)
     parts = [
         f"# {facts['gpu']}",
         f"{facts['date'][:10]}; {', '.join(f'{name} {facts[name]}' for name in ('torch', 'convkit', 'revision'))}. "
@@ -469,11 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{facts['gpu']}, torch {facts['torch']}, {given.minutes:g} minutes at most; into {out}", flush=True)
     outcomes = run(stages(out.resolve(), capability), out, 60 * given.minutes, facts)
     sys.path.insert(0, str(ROOT))
-    try:
-        summarise(out, outcomes, facts)
-    except ImportError as error:  # not built
-        print(f"convkit: gpu-report: nothing to sum up: {error}", file=sys.stderr)
-        return 1
+    summarise(out, outcomes, facts)
     failed = [one.name for one in outcomes if one.outcome == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}; see {out / 'log.txt'}", file=sys.stderr)

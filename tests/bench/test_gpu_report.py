@@ -122,3 +122,15 @@ gpu_report.main(sys.argv[1:])
     assert "| batch-norm | ok |" in text and "| depthwise | f32 | fprop | nhwc | 1 |" in text
     assert "![roofline](roofline.png)" in text and (tmp_path / "ratios.png").exists()
     assert "of floor" in said[1] and "bn_512_4" in said[1]
+
+
+def test_says_what_was_reached_where_nothing_was_built(tmp_path, monkeypatch):
+    def means(out):
+        raise ImportError("convkit's native module has not been built")
+
+    monkeypatch.setattr(gpu_report, "means", means)
+    said = []
+    outcome = Outcome("build", "failed", 3.2, "for 9.0a")
+    gpu_report.summarise(tmp_path, [outcome], FACTS, say=lambda text, **_: said.append(text))
+    assert "has not been built" in said[0] and "build  failed   3        for 9.0a" in said[1]
+    assert "| build | failed | 3 | for 9.0a |" in (tmp_path / "README.md").read_text()
