@@ -173,6 +173,36 @@ def explain(
     )
 
 
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; --list shows them.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="Other values of its fields: epochs=5 model.norm=group ..."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the recipes; with RECIPE, its fields.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that did not end.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so often, with seed, seed + 1, ...")] = 1,
+    out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files as well.")] = False,
+) -> None:
+    """Train a network by a recipe. Under torchrun, in several processes."""
+    from convkit.lab.commands import run_train
+
+    run_train(
+        recipe,
+        changes or (),
+        show=list_,
+        resume=resume,
+        seeds=seeds,
+        out=out,
+        device=device,
+        threads=threads,
+        tensorboard=tensorboard,
+    )
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -181,7 +211,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, explain, info, models):
+    for function in (demo, bench, explain, info, models, train):
         command.command()(function)
     return command
 

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from convkit.lab import LabError, data, models, recipes, require, train
+from convkit.lab.objectives import Classify
 from convkit.lab.recipes import Recipe
+from convkit.lab.runs import Run, environment
 
 __all__ = ["DEMO_MODELS", "run_demo", "step_times"]
 
@@ -33,7 +35,7 @@ def run_demo(
     seed: int = 0,
     threads: int | None = None,
     console: Any = None,
-) -> list[train.Run]:
+) -> list[Run]:
     """Trains and tests the three networks, times a training step of each, and prints a table.
 
     ``quick``: one epoch on a few hundred pictures, to see that everything works. ``choice``: digits5k or
@@ -54,7 +56,7 @@ def run_demo(
     if quick:
         digits = digits.take(**QUICK_IMAGES)
         _say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
-    env = train.environment("convkit", torch.device("cpu"))
+    env = environment("convkit", torch.device("cpu"))
     _say(
         console,
         f"Machine: {env['device']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}, torch {env['torch']}, "
@@ -66,8 +68,8 @@ def run_demo(
         recipe = _recipe(name, digits.name, seed, 1 if quick and epochs is None else epochs)
         torch.manual_seed(recipe.seed)
         model = models.build(name, backend=recipe.backend)
-        run = train.fit(model, digits, train.classify, recipe, out=out, console=console)
-        train.evaluate_test(run, model, digits, train.classify)
+        run = train.fit(model, digits, Classify(), recipe, out=out, console=console)
+        train.evaluate_test(run, model, digits, Classify())
         runs.append(run)
 
     _say(console, "Timing a training step of each network …")
@@ -114,7 +116,7 @@ def step_times(
         for network, optimizer, mine in zip(networks, optimizers, times, strict=True):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            train.classify(network, images, labels).loss.backward()
+            Classify()(network, images, labels).loss.backward()
             optimizer.step()
             if number >= warm_up:
                 mine.append(time.perf_counter() - started)
@@ -128,7 +130,7 @@ def _full_batches(split: data.Split, size: int) -> Iterator[tuple[torch.Tensor, 
         yield from split.batches(size, order[: len(split) // size * size])
 
 
-def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
+def _record_speed(run: Run, digits: data.Data, pairs: int) -> None:
     """Adds ``training_step`` to the run's result.json: median and quartiles in milliseconds, images/s by the median."""
     recipe = run.recipe
     networks = {}
@@ -172,7 +174,7 @@ def results_table(results: Sequence[dict[str, Any]], *, expected: bool = True) -
     return table
 
 
-def _print_results(console: Any, runs: list[train.Run], threads: int, expected: bool) -> None:
+def _print_results(console: Any, runs: list[Run], threads: int, expected: bool) -> None:
     from rich import box
     from rich.table import Table
 

@@ -10,11 +10,18 @@ __all__ = ["curves"]
 TRAIN, VALIDATION, TEST = "#0072b2", "#d55e00", "#000000"  # Okabe and Ito's colours, told apart by every eye
 
 
-def curves(history: list[dict[str, float]], title: str, *, best_epoch: int, test_error: float | None = None) -> bytes:
-    """A PNG of loss and accuracy over the epochs, for training and validation.
+def curves(
+    history: list[dict[str, float]],
+    title: str,
+    *,
+    best_epoch: int,
+    metric: str = "accuracy",
+    test_error: float | None = None,
+) -> bytes:
+    """A PNG of loss and metric over the epochs, for training and validation.
 
-    ``history`` has one dict an epoch with epoch, train_loss, val_loss (nats), train_accuracy and val_accuracy (0…1).
-    The best epoch is marked; so is the test error in percent of its weights, if given.
+    ``history`` has one dict an epoch with epoch, train_loss, val_loss, train_<metric> and val_<metric>; accuracy is in
+    0…1. The best epoch is marked; so is the test error in percent of its weights, if given.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,8 +34,8 @@ def curves(history: list[dict[str, float]], title: str, *, best_epoch: int, test
     panels = figure.subplots(1, 2)
     marker = "o" if len(epochs) <= 40 else None
     for axes, key, scale, label in (
-        (panels[0], "loss", 1, "loss (nats)"),
-        (panels[1], "accuracy", 100, "accuracy (%)"),
+        (panels[0], "loss", 1, "loss (nats)" if metric == "accuracy" else "loss"),
+        (panels[1], metric, 100 if metric == "accuracy" else 1, "accuracy (%)" if metric == "accuracy" else metric),
     ):
         for split, name, colour in (("train", "training", TRAIN), ("val", "validation", VALIDATION)):
             values = [scale * row[f"{split}_{key}"] for row in history]

@@ -5,44 +5,231 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from convkit.lab import LabError
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
+__all__ = ["CHOICES", "RECIPES", "Recipe", "from_json", "nearest", "override", "recipe"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("classify", "distill", "rotate", "joint"),
+    "optimizer": ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"),
+    "schedule": ("constant", "step", "inverse_time", "plateau", "cosine", "one_cycle"),
+    "precision": ("f32", "bf16", "f16"),
+    "backend": ("convkit", "torch"),
+    "head": ("linear", "mlp"),
+    "trunk_batch_norm": ("eval", "train"),
+}
+"""The fields of a recipe that take one of a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One training run, complete: the same recipe gives the same weights on the same machine and number of threads."""
+    """One training run, complete: the same recipe gives the same weights on the same machine and number of threads.
+
+    A value that its comment does not say to be off at zero is used as it is.
+    """
 
     name: str
     model: str
     """A name of :data:`convkit.lab.models.MODELS`."""
     data: str
-    """The data set that the other values were chosen for."""
+    """A data set, as :func:`convkit.lab.data.load` takes it."""
     epochs: int
     """Passes over the training pictures."""
     batch_size: int
+    """Of all processes together."""
     learning_rate: float
+    """The largest of the schedule."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the network's builder; ``model.norm=group`` on the command line."""
+
     optimizer: str = "adam"
+    momentum: float = 0.9
+    """Of momentum and nesterov; the first beta of adam and adamw."""
     weight_decay: float = 0.0
+    """Added to the gradient; in adamw, taken off the weights."""
+    clip_norm: float = 0.0
+    """The gradient of all parameters together is scaled down to this L2 norm; 0 for off."""
+
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = ()
+    """step: after how many epochs the learning rate is multiplied by ``gamma``; fractions are allowed."""
+    gamma: float = 0.1
+    """step, plateau: the factor."""
+    plateau_patience: int = 1
+    """plateau: epochs without a better validation metric before the learning rate falls."""
+    decay: float = 0.0
+    """inverse_time: learning_rate / (1 + decay · t) after t steps."""
+    warm_up: float = 0.3
+    """one_cycle: the part of the run in which the learning rate rises."""
+
+    precision: str = "f32"
+    """f32, or autocast to bf16 or f16 (with loss scaling)."""
+    channels_last: bool = False
+    """Pictures and weights in NHWC order: the same numbers to rounding, other kernels."""
+    ema: float = 0.0
+    """Decay a step of the exponential moving average of the weights that is validated and kept; 0 for off."""
+    patience: int = 0
+    """Stop after so many epochs without a better validation metric; 0 for never."""
+    images: int = 0
+    """Train on so many pictures, drawn in the proportion of the classes; 0 for all."""
+    validation_images: int = 0
+    """Validate on so many; 0 for all."""
+    augment: tuple[str, ...] = ()
+    """What :func:`convkit.lab.augment.parse` takes: pad_crop:4, flip, ..."""
+
+    objective: str = "classify"
+    label_smoothing: float = 0.0
+    teacher: str = ""
+    """distill: the teacher's run folder, or the recipe whose newest finished run it is."""
+    temperature: float = 5.0
+    """distill: T of softmax(t / T)."""
+    same_crops: bool = True
+    """distill: teacher and student see the same augmented picture, or each its own."""
+    rotation_weight: float = 1.0
+    """joint: what the rotation loss is multiplied by."""
+
+    init: str = ""
+    """Where the trunk's weights come from: a run folder, the recipe whose newest finished run it is, a file with a
+    state_dict; empty for randomly drawn ones."""
+    freeze: bool = False
+    """Train a new head alone, on the features of a trunk that stays as it is."""
+    layer: str = ""
+    """freeze: the module whose output the head gets, flattened; empty for what ``embed`` gives."""
+    head: str = "linear"
+    """freeze: a linear head, or one hidden layer of 200 with batch norm and ReLU (mlp)."""
+    trunk_batch_norm: str = "eval"
+    """freeze: mode of the frozen trunk's batch norms. "train" shows what goes wrong: the running statistics move though
+    the weights stand still, and training sees other features than evaluation."""
+
     seed: int = 0
-    """Draws the initial weights and the order of the pictures; at least 0."""
+    """Draws the initial weights, the order of the pictures and their augmentation; at least 0."""
     backend: str = "convkit"
     source: str = ""
     claimed_error: float | None = None
     """Test error in percent to expect, from ``source``."""
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size"):
-            if getattr(self, field) < 1:
-                raise LabError(f"{self.name}: {field} must be at least 1, got {getattr(self, field)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise LabError(f"{self.name}: learning_rate must be positive and finite, got {self.learning_rate}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise LabError(f"{self.name}: weight_decay must be zero or positive and finite, got {self.weight_decay}")
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                self._refuse(name, f"one of {', '.join(accepted)}", near=accepted)
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                self._refuse(name, "at least 1")
+        for name in ("patience", "plateau_patience", "images", "validation_images"):
+            if getattr(self, name) < 0:
+                self._refuse(name, "zero or positive")
+        for name in ("learning_rate", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                self._refuse(name, "positive and finite")
+        for name in ("weight_decay", "clip_norm", "decay", "rotation_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                self._refuse(name, "zero or positive and finite")
+        for name in ("momentum", "ema", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                self._refuse(name, "from 0 to below 1")
+        for name in ("gamma", "warm_up"):
+            if not 0 < getattr(self, name) < 1:
+                self._refuse(name, "between 0 and 1")
+        if list(self.milestones) != sorted(m for m in self.milestones if m > 0):
+            self._refuse("milestones", "positive numbers of epochs in ascending order")
+        if self.schedule == "step" and not self.milestones:
+            self._refuse("milestones", "given for schedule=step, such as milestones=20,30")
         if not 0 <= self.seed < 2**43:  # data.epoch_order packs seed and epoch into 63 bits
-            raise LabError(f"{self.name}: seed must be from 0 to 2^43 - 1, got {self.seed}")
+            self._refuse("seed", "from 0 to 2^43 - 1")
+
+    def _refuse(self, field: str, accepted: str, near: Iterable[str] = ()) -> None:
+        value = getattr(self, field)
+        raise LabError(f"{self.name}: {field} must be {accepted}, got {value!r}{nearest(value, near, prefix='; ')}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+TYPES = typing.get_type_hints(Recipe)
+
+
+def nearest(word: Any, known: Iterable[str], *, prefix: str = "") -> str:
+    """``did you mean x?``, or nothing if no known word is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"{prefix}did you mean {near[0]}?" if near else ""
+
+
+def from_json(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that ``dataclasses.asdict`` gave, back from JSON. LabError if it is of another version."""
+    unknown = sorted(set(values) - set(FIELDS))
+    missing = sorted(set(TYPES) - set(values))
+    if unknown or missing:
+        what = f"does not know {', '.join(unknown)}" if unknown else f"has none of {', '.join(missing)}"
+        raise LabError(f"recipe {values.get('name')!r} was written by another version of convkit: this one {what}")
+    return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+    """The recipe with ``field=value`` texts applied; ``model.OPTION=value`` sets an argument of the network's builder.
+
+    Values are read as the field's type: whole numbers, numbers, true or false, words; several numbers with commas
+    (milestones=20,30), several words with + (augment=pad_crop:4+flip), nothing for none. LabError names the field and
+    what it takes, or the nearest field.
+    """
+    values: dict[str, Any] = {}
+    options = dict(recipe.options)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise LabError(f"{change!r} is not of the form field=value, such as epochs=20")
+        if name.startswith("model."):
+            options[name.removeprefix("model.")] = _literal(text)
+        elif name not in TYPES or name in ("name", "options"):
+            settable = [known for known in TYPES if known not in ("name", "options")]
+            hint = nearest(name, settable) or f"there are {', '.join(settable)}"
+            raise LabError(f"{recipe.name}: no field {name!r}: {hint}")
+        else:
+            values[name] = _read(f"{recipe.name}: {name}", text.strip(), TYPES[name])
+    if "model" in values and values["model"] != recipe.model:  # the options were meant for the other network
+        options = {name: value for name, value in options.items() if name not in recipe.options}
+    return dataclasses.replace(recipe, options=options, **values)
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _read(what: str, text: str, kind: Any) -> Any:
+    """``text`` as a value of the annotation ``kind``."""
+    if isinstance(kind, types.UnionType):  # float | None
+        return None if text.lower() in ("", "none") else _read(what, text, typing.get_args(kind)[0])
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        parts = text.replace("+", " ").split() if item is str else text.split(",")
+        return tuple(_read(what, part.strip(), item) for part in parts if part.strip())
+    if kind is bool:
+        if text.lower() not in _WORDS:
+            raise LabError(f"{what} must be true or false, got {text!r}")
+        return _WORDS[text.lower()]
+    if kind is str:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        article = "a whole number" if kind is int else "a number"
+        raise LabError(f"{what} must be {article}, got {text!r}") from None
+
+
+def _literal(text: str) -> Any:
+    """A builder's argument: a whole number, a number, true, false, none, several of them with commas, else a word."""
+    if "," in text:
+        return tuple(_literal(part) for part in text.split(",") if part)
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 _COURSE = "UEA CMP-6035B Computer Vision, lecture slides, 2022"
@@ -65,7 +252,6 @@ RECIPES: dict[str, Recipe] = {
 def recipe(name: str) -> Recipe:
     """The recipe called ``name``; LabError with the nearest name if there is none."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise LabError(f"unknown recipe {name!r}: {hint}(known: {', '.join(RECIPES)})")
+        hint = nearest(name, RECIPES)
+        raise LabError(f"unknown recipe {name!r}: {hint + ' ' if hint else ''}(known: {', '.join(RECIPES)})")
     return RECIPES[name]

@@ -1,0 +1,107 @@
+"""What ``convkit train``, ``sweep``, ``eval`` and ``compare`` do with their options and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from convkit.lab import LabError, experiment, recipes, require, runs, train
+
+__all__ = ["run_train"]
+
+
+def run_train(
+    name: str | None,
+    changes: Sequence[str],
+    *,
+    show: bool = False,
+    resume: str | None = None,
+    seeds: int = 1,
+    out: str | os.PathLike[str] = "runs",
+    device: str | None = None,
+    threads: int | None = None,
+    tensorboard: bool = False,
+    console: Any = None,
+) -> list[runs.Run]:
+    """Trains a recipe with ``changes`` (see :func:`convkit.lab.recipes.override`), or goes on with a run."""
+    require("rich", "matplotlib")
+    console = console or _console()
+    if show:
+        _list_recipes(console) if name is None else _list_fields(console, recipes.recipe(name))
+        return []
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if (name is None) == (resume is None):
+        raise LabError("train needs either a recipe (convkit train --list) or --resume RUN")
+    options = {"console": console, "tensorboard": tensorboard}
+    with train.process_group(experiment.pick_device(device)) as place:
+        if resume is not None:
+            if changes or seeds > 1:
+                raise LabError("--resume goes on exactly as the run began: it takes neither FIELD=VALUE nor --seeds")
+            done = [experiment.resume(resume, place, **options)]
+        else:
+            recipe = recipes.override(recipes.recipe(name), changes)
+            done = [
+                experiment.train_recipe(dataclasses.replace(recipe, seed=recipe.seed + n), place, out=out, **options)
+                for n in range(seeds)
+            ]
+        if train.processes()[0] == 0:
+            _print_runs(console, done)
+    return done
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _say(console: Any, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_runs(console: Any, done: Sequence[runs.Run]) -> None:
+    for run in done:
+        best = run.best()
+        score = best[f"val_{run.metric}"]
+        value = f"error {100 * (1 - score):.2f} %" if run.metric == "accuracy" else f"{run.metric} {score:.4f}"
+        early = ", stopped early" if run.result.get("stopped_early") else ""
+        _say(console, f"{run.folder}: validation {value} in epoch {best['epoch']} of {len(run.history)}{early}")
+    if len(done) > 1 and done[0].metric == "accuracy":
+        mean, std = experiment.mean_and_std([run.result["val_error_percent"] for run in done])
+        _say(console, f"validation error {mean:.2f} ± {std:.2f} % (mean ± standard deviation of {len(done)} seeds)")
+    _say(console, f"Test error: convkit eval {' '.join(str(run.folder) for run in done)}")
+
+
+def _table(console: Any, heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, head in enumerate(heads):
+        table.add_column(head, justify="right" if column in right else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table, markup=False, highlight=False)
+
+
+def _list_recipes(console: Any) -> None:
+    lines = []
+    for recipe in recipes.RECIPES.values():
+        claimed = "" if recipe.claimed_error is None else f"{recipe.claimed_error:g}"
+        lines.append([recipe.name, recipe.model, recipe.data, recipe.objective, str(recipe.epochs), claimed])
+    _table(console, ["Recipe", "Network", "Data", "Objective", "Epochs", "Claimed\nerror %"], lines, right=(4, 5))
+
+
+def _list_fields(console: Any, recipe: recipes.Recipe) -> None:
+    lines = []
+    for field, value in dataclasses.asdict(recipe).items():
+        accepted = ", ".join(recipes.CHOICES.get(field, ()))
+        if isinstance(value, tuple):
+            value = ("+" if field == "augment" else ",").join(map(str, value))
+        lines.append([field, str(value), accepted])
+    _table(console, ["Field", "Value", "One of"], lines)

@@ -1,0 +1,182 @@
+"""From a recipe to a run: the data, the network and the objective that a recipe names, put together and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from convkit.lab import LabError, data, models, runs, train
+from convkit.lab.objectives import Classify, Distill, Joint, Objective, Rotate
+from convkit.lab.probe import Frozen, load_trunk, with_features
+from convkit.lab.recipes import Recipe, nearest
+from convkit.lab.runs import Run
+
+__all__ = ["Setup", "mean_and_std", "pick_device", "prepare", "resume", "trained", "train_recipe"]
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything that :func:`convkit.lab.train.fit` takes."""
+
+    recipe: Recipe
+    """With the runs that it builds on by their folders."""
+    model: models.Network
+    data: data.Data
+    objective: Objective
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called ``name``; cuda if there is one and none is named. LabError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LabError(f"--device must be cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise LabError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LabError("--device cuda: PyTorch sees no GPU here; leave it out, or take cpu")
+    return device
+
+
+def prepare(
+    recipe: Recipe, device: torch.device, *, out: str | os.PathLike[str] = "runs", weights: bool = True
+) -> Setup:
+    """Loads the data, draws the network and makes the objective of a recipe.
+
+    ``weights=False``: the network is about to be overwritten from a checkpoint, so ``init`` need not be there.
+    """
+    everything = _load_data(recipe.data)
+    everything = everything.take(
+        recipe.images or len(everything.train), recipe.validation_images or len(everything.val), len(everything.test)
+    ).to(device)
+    classes = 4 if recipe.objective == "rotate" else len(everything.classes)
+    torch.manual_seed(recipe.seed)
+    model = _build(recipe, classes, everything.shape).to(device)
+    if recipe.objective == "joint":
+        with torch.no_grad():
+            width = model.eval().embed(torch.zeros(1, *everything.shape, device=device)).shape[1]
+        model.train().add_module("rotation_head", nn.Linear(width, 4, device=device))
+    if recipe.init:
+        if weights:
+            recipe = _resolved(recipe, "init", out)
+            load_trunk(model, recipe.init, out)
+    if recipe.freeze:
+        if recipe.objective != "classify":
+            raise LabError(f"{recipe.name}: freeze trains a head for objective=classify, got {recipe.objective}")
+        model = Frozen(
+            model,
+            classes,
+            everything.shape,
+            head=recipe.head,
+            layer=recipe.layer,
+            batch_norm=recipe.trunk_batch_norm,
+        ).to(device)
+    if recipe.objective == "distill" and weights:
+        recipe = _resolved(recipe, "teacher", out)
+    return Setup(recipe, model, everything, _objective(recipe, device, out) if weights else _scorer(recipe))
+
+
+def _load_data(name: str) -> data.Data:
+    """The first process goes first: it may have to fetch the files."""
+    rank, world = train.processes()
+    if rank:
+        dist.barrier()
+    found = data.load(name)
+    if world > 1 and not rank:
+        dist.barrier()
+    return found
+
+
+def _build(recipe: Recipe, classes: int, shape: tuple[int, int, int]) -> models.Network:
+    """The network with as many outputs; LabError if it does not take its options or pictures of that shape."""
+    builder = models.entry(recipe.model).builder
+    known = [name for name in inspect.signature(builder).parameters if name not in ("backend", "classes")]
+    for option in recipe.options:
+        if option not in known:
+            hint = nearest(option, known) or (f"it takes {', '.join(known)}" if known else "it takes none")
+            raise LabError(f"{recipe.name}: network {recipe.model} has no option {option!r}: {hint}")
+    try:
+        model = models.build(recipe.model, backend=recipe.backend, classes=classes, **recipe.options)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"{recipe.name}: network {recipe.model}: {error}") from None
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *shape))
+    except (RuntimeError, ValueError) as error:
+        sizes = "x".join(map(str, shape))
+        reason = str(error).split("\n")[0]
+        raise LabError(f"{recipe.name}: network {recipe.model} does not take pictures of {sizes}: {reason}") from None
+    return model.train()
+
+
+def _resolved(recipe: Recipe, field: str, out: str | os.PathLike[str]) -> Recipe:
+    """The recipe with the run that ``field`` names as an absolute path: config.json shall say which it was."""
+    value = getattr(recipe, field)
+    if not value:
+        raise LabError(f"{recipe.name}: objective={recipe.objective} needs {field}=RUN, a run folder or a recipe")
+    path = Path(value) if Path(value).is_file() else runs.find(value, out).folder
+    return dataclasses.replace(recipe, **{field: str(path.resolve())})
+
+
+def _scorer(recipe: Recipe) -> Objective:
+    """An objective for evaluation alone, which needs no teacher."""
+    return {"rotate": Rotate(), "joint": Joint()}.get(recipe.objective, Classify())
+
+
+def _objective(recipe: Recipe, device: torch.device, out: str | os.PathLike[str]) -> Objective:
+    if recipe.objective == "distill":
+        teacher, _ = trained(Run.open(recipe.teacher), device, out=out)
+        if recipe.channels_last:
+            teacher.model.to(memory_format=torch.channels_last)
+        return Distill(teacher.model, recipe.temperature, recipe.same_crops)
+    if recipe.objective == "classify":
+        return Classify(recipe.label_smoothing)
+    return Rotate() if recipe.objective == "rotate" else Joint(recipe.rotation_weight)
+
+
+def trained(run: Run, device: torch.device, *, out: str | os.PathLike[str] = "runs") -> tuple[Setup, int]:
+    """The setup of a run with its best weights in the network, in evaluation mode; and the epoch they are of."""
+    setup = prepare(run.recipe, device, out=out, weights=False)
+    checkpoint = runs.load_checkpoint(run.folder / "best.pt")
+    setup.model.load_state_dict(checkpoint["model"])
+    setup.model.eval()
+    return setup, checkpoint["epoch"]
+
+
+def train_recipe(recipe: Recipe, device: torch.device, *, out: str | os.PathLike[str] = "runs", **options: Any) -> Run:
+    """A new run of a recipe. ``options`` go to :func:`convkit.lab.train.fit`."""
+    return _fit(prepare(recipe, device, out=out), out=out, **options)
+
+
+def resume(folder: str | os.PathLike[str], device: torch.device, **options: Any) -> Run:
+    """Goes on with a run that was killed or interrupted, to where it would have ended. LabError if it is finished."""
+    run = Run.open(folder)
+    if run.result.get("status") == "finished":
+        raise LabError(f"{run.folder}: that run is finished; there is nothing to go on with")
+    return _fit(prepare(run.recipe, device), resume=run, **options)
+
+
+def _fit(setup: Setup, **options: Any) -> Run:
+    recipe = setup.recipe
+    if recipe.freeze:
+        frozen = with_features(setup.model, setup.data)
+        if not recipe.augment and recipe.trunk_batch_norm == "eval":
+            setup.data = frozen
+    return train.fit(setup.model, setup.data, setup.objective, recipe, **options)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample; the latter is NaN of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
