@@ -177,6 +177,8 @@ def fit(
     The state of torch's random number generators is set from the recipe's seed. Raises NonFiniteLoss, or Interrupted on
     Ctrl-C; either way the folder is whole, and result.json says what happened.
     """
+    if tensorboard:
+        require("tensorboard")
     rank, world = processes()
     augment = parse_augment(recipe.augment) if recipe.augment else None
     training = _Training(model, data, objective, recipe, augment)
@@ -222,7 +224,9 @@ def fit(
             return error(message)
 
         try:
-            if not (run.folder / "last.pt").exists():  # so that there is a checkpoint from before, whatever happens in the first epoch
+            if not (
+                run.folder / "last.pt"
+            ).exists():  # so that there is a checkpoint from before, whatever happens in the first epoch
                 save("last.pt", training.state(run.history))
             while training.epoch < recipe.epochs and not _stopped_early(run):
                 row = training.run_epoch(display, save_seconds, lambda: save("last.pt", training.state(run.history)))
@@ -542,7 +546,6 @@ def _from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _tensorboard(run: Run, training: _Training) -> Iterator[Any]:
-    require("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=training.epoch + 1)

@@ -273,3 +273,252 @@ def test_curves_are_a_picture(epochs):
     ]
     png = plots.curves(history, "title", best_epoch=epochs, test_error=12.5)
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+# ------------------------------------------------------------------------------- optimisers, schedules, and the rest
+
+
+STEPS = 7  # of an epoch of 200 pictures
+
+
+def rates(few, tmp_path, monkeypatch, **changes):
+    """The learning rate of every step of a run, and its validation accuracies."""
+    recipe = dataclasses.replace(RECIPE, optimizer="sgd", learning_rate=0.1, **changes)
+    noted = []
+    make = train.make_optimizer
+
+    def noting(model, recipe):
+        optimizer = make(model, recipe)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: noted.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", noting)
+    _, run = fit(few, tmp_path, recipe)
+    assert [row["learning_rate"] for row in run.history] == noted[STEPS - 1 :: STEPS]
+    return noted, [row["val_accuracy"] for row in run.history]
+
+
+SCHEDULES = {
+    "constant": ({}, lambda t: 0.1),
+    "step": ({"milestones": (1.0, 2.5), "gamma": 0.5}, lambda t: 0.1 * 0.5 ** ((t >= 7) + (t >= round(2.5 * 7)))),
+    "inverse_time": ({"decay": 0.05}, lambda t: 0.1 / (1 + 0.05 * t)),
+    "cosine": ({}, lambda t: 0.05 * (1 + math.cos(math.pi * t / (3 * STEPS)))),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_follow_their_formulas(few, tmp_path, monkeypatch, schedule):
+    changes, formula = SCHEDULES[schedule]
+    noted, _ = rates(few, tmp_path, monkeypatch, schedule=schedule, **changes)
+    assert noted == pytest.approx([formula(t) for t in range(3 * STEPS)])
+
+
+TORCH = {
+    "step": ({"milestones": (1.0, 2.5)}, lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [7, 18], 0.1)),
+    "cosine": ({}, lambda o, n: torch.optim.lr_scheduler.CosineAnnealingLR(o, n)),
+    "one_cycle": (
+        {"warm_up": 0.4},
+        lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, n, pct_start=0.4, cycle_momentum=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", TORCH)
+def test_schedules_are_torchs_own(few, tmp_path, monkeypatch, schedule):
+    changes, make = TORCH[schedule]
+    noted, _ = rates(few, tmp_path, monkeypatch, schedule=schedule, **changes)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    scheduler, expected = make(optimizer, 3 * STEPS), []
+    for _ in range(3 * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert noted == expected
+
+
+def test_plateau_looks_at_the_validation_metric(few, tmp_path, monkeypatch):
+    scores = [0.5, 0.6, 0.6, 0.55, 0.7, 0.7, 0.7, 0.7]
+    given = iter(scores)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: (1.0, next(given)))
+    changes = {"schedule": "plateau", "gamma": 0.5, "plateau_patience": 1, "epochs": len(scores)}
+    noted, _ = rates(few, tmp_path, monkeypatch, **changes)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    scheduler, expected = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=1), []
+    for score in scores:
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(score)
+    assert noted[::STEPS] == expected == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, nesterov=True, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 0.01, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, (0.8, 0.999), weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, (0.8, 0.999), weight_decay=0.1),
+}
+
+
+def test_every_optimizer_is_tried():
+    assert set(OPTIMIZERS) == set(recipes.CHOICES["optimizer"])
+    assert {*SCHEDULES, *TORCH, "plateau"} == set(recipes.CHOICES["schedule"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_against_torch_by_hand(few, tmp_path, optimizer):
+    """In float64, where fused and plain steps agree to rounding that does not matter."""
+    recipe = dataclasses.replace(
+        RECIPE, optimizer=optimizer, momentum=0.8, weight_decay=0.1, learning_rate=0.01, epochs=2, clip_norm=0.5
+    )
+
+    class Double(objectives.Classify):
+        def __call__(self, model, images, labels):
+            return super().__call__(model, images.double(), labels)
+
+        def evaluate(self, model, images, labels):
+            return super().evaluate(model, images.double(), labels)
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).double()
+
+    mine, expected = model(), model()
+    train.fit(mine, few, Double(), recipe, out=tmp_path, console=QUIET)
+    by_hand = OPTIMIZERS[optimizer](expected.parameters())
+    for epoch in (1, 2):
+        for images, labels in few.train.batches(32, train.epoch_order(len(few.train), 0, epoch)):
+            by_hand.zero_grad()
+            torch.nn.functional.cross_entropy(expected(images.double()), labels).backward()
+            norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()
+            for p in expected.parameters():
+                p.grad *= min(1.0, 0.5 / norm.item())
+            by_hand.step()
+    torch.testing.assert_close(mine.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(few, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, ema=0.9, epochs=2, optimizer="sgd", learning_rate=0.1)
+    steps = []
+    make = train.make_optimizer
+
+    def noting(model, recipe):
+        optimizer = make(model, recipe)
+        optimizer.register_step_post_hook(lambda *_: steps.append(model.fc1.weight.detach().double().clone()))
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", noting)
+    model, run = fit(few, tmp_path, recipe)
+    assert run.result["best_epoch"] == 2
+    average = steps[0]
+    for number, weight in enumerate(steps[1:], start=1):
+        keep = min(0.9, (1 + number) / (10 + number))
+        average = keep * average + (1 - keep) * weight
+    best = runs.load_checkpoint(run.folder / "best.pt")["model"]
+    torch.testing.assert_close(best["fc1.weight"].double(), average, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(best["fc1.weight"], model.fc1.weight)
+    model.load_state_dict(best)
+    assert train.evaluate(model, few.val, CLASSIFY) == (run.history[1]["val_loss"], run.history[1]["val_accuracy"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_mixed_precision(few, tmp_path, precision):
+    seen = set()
+
+    class Seeing(objectives.Classify):
+        def __call__(self, model, images, labels):
+            seen.add(model(images).dtype)
+            return super().__call__(model, images, labels)
+
+    recipe = dataclasses.replace(RECIPE, precision=precision)
+    model, run = fit(few, tmp_path, recipe, objective=Seeing())
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    full = fit(few, tmp_path)[1]
+    assert run.history[2]["train_loss"] == pytest.approx(full.history[2]["train_loss"], rel=0.02)
+
+
+def test_channels_last_gives_the_same_to_rounding(few, tmp_path):
+    recipe = dataclasses.replace(RECIPE, model="simplenet", backend="convkit", optimizer="sgd", epochs=1)
+    formats = []
+
+    class Seeing(objectives.Classify):
+        def __call__(self, model, images, labels):
+            formats.append(model.conv2.weight.is_contiguous(memory_format=torch.channels_last))
+            return super().__call__(model, images, labels)
+
+    states = [
+        fit(few, tmp_path, dataclasses.replace(recipe, channels_last=last), objective=Seeing())[0].state_dict()
+        for last in (False, True)
+    ]
+    assert formats == [False] * STEPS + [True] * STEPS
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+
+
+def test_early_stopping(few, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.55, 0.7])
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: (1.0, next(scores)))
+    _, run = fit(few, tmp_path, dataclasses.replace(RECIPE, epochs=20, patience=2))
+    assert len(run.history) == 4 and run.result["best_epoch"] == 2
+    assert run.result["status"] == "finished" and run.result["stopped_early"]
+
+
+def test_a_last_batch_of_one_that_batch_norm_cannot_take(few, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
+    recipe = dataclasses.replace(RECIPE, batch_size=199)
+    with pytest.raises(LabError, match="choose another batch_size than 199"):
+        train.fit(model, few, CLASSIFY, recipe, out=tmp_path, console=QUIET)
+
+
+def test_tensorboard_that_is_not_there_is_said_before_training(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "require", lambda *names: (_ for _ in ()).throw(LabError(f"{names} not installed")))
+    with pytest.raises(LabError, match="tensorboard"):
+        torch.manual_seed(0)
+        train.fit(
+            models.build("fc64", backend="torch"),
+            few,
+            CLASSIFY,
+            RECIPE,
+            out=tmp_path,
+            console=QUIET,
+            tensorboard=True,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        (["epochs=5", "learning-rate=0.5"], {"epochs": 5, "learning_rate": 0.5}),
+        (["milestones=1,2.5", "schedule=step"], {"milestones": (1.0, 2.5), "schedule": "step"}),
+        (["augment=pad_crop:2+affine:0.1,0.1,5"], {"augment": ("pad_crop:2", "affine:0.1,0.1,5")}),
+        (["augment="], {"augment": ()}),
+        (["channels_last=yes", "claimed_error=none"], {"channels_last": True, "claimed_error": None}),
+        (["model.norm=group", "model.blocks=1,1,1"], {"options": {"norm": "group", "blocks": (1, 1, 1)}}),
+    ],
+)
+def test_overrides(changes, fields):
+    changed = recipes.override(RECIPE, changes)
+    assert changed == dataclasses.replace(RECIPE, **fields)
+    assert recipes.from_json(json.loads(json.dumps(dataclasses.asdict(changed)))).epochs == changed.epochs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epochs", "'epochs' is not of the form field=value"),
+        ("epochs=2.5", "epochs must be a whole number, got '2.5'"),
+        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
+        ("lerning_rate=1", "no field 'lerning_rate': did you mean learning_rate"),
+        ("name=x", "no field 'name'"),
+        ("channels_last=perhaps", "channels_last must be true or false, got 'perhaps'"),
+        ("schedule=cosin", "schedule must be one of .* got 'cosin'; did you mean cosine"),
+        ("schedule=step", "milestones must be given for schedule=step"),
+        ("milestones=3,2", "milestones must be positive numbers of epochs in ascending order"),
+        ("ema=1", "ema must be from 0 to below 1"),
+    ],
+)
+def test_overrides_that_are_wrong(change, message):
+    with pytest.raises(LabError, match=message):
+        recipes.override(RECIPE, [change])
