@@ -20,10 +20,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One epoch on a few hundred pictures.")] = False,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="digits5k, mnist (from CONVKIT_DATA), or a folder with the four MNIST files. "
-            "Default: mnist if CONVKIT_DATA has it, else digits5k."
-        ),
+        typer.Option(help="digits5k or mnist. Default: mnist if the folder CONVKIT_DATA has it, else digits5k."),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
     epochs: Annotated[
@@ -65,6 +62,23 @@ def models() -> None:
         shape = "×".join(map(str, entry.input_shape))
         table.add_row(name, f"{parameters:,}", shape, f"{entry.claimed}; {entry.source}")
     Console().print(table)
+
+
+def data(
+    name: Annotated[
+        str,
+        typer.Argument(help="digits5k, mnist, fashion_mnist, cifar10, cifar100, or folder:PATH, a sub-folder a class."),
+    ],
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="For the gallery, as 'pad_crop:4 flip'. Default: each known step alone."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder for the galleries.")] = "gallery",
+) -> None:
+    """Show what is in a data set (fetched if it is not at hand), and draw pictures of it, plain and augmented."""
+    from convkit.lab.data_command import run_data
+
+    run_data(name, augmentation=augment, out=out)
 
 
 def bench(
@@ -211,7 +225,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, explain, info, models, train):
+    for function in (demo, bench, data, explain, info, models, train):
         command.command()(function)
     return command
 

