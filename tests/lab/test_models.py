@@ -11,11 +11,13 @@ COUNTS = {
     "fc64": 50_890,
     "fc256_fc256": 269_322,
     "simplenet": 233_196,
+    "lenet5": 61_706,
     "cifar_baseline": 7_790_794,
     "cifar_mobilenet": 1_165_962,
     "resnet18": 11_689_512,
 }
 LAYERS = {
+    "lenet5": ["conv1", "conv2", "conv3", "fc1", "output"],
     "fc64": ["fc1", "output"],
     "fc256_fc256": ["fc1", "fc2", "output"],
     "simplenet": ["conv1", "conv2", "fc1", "output"],
@@ -43,7 +45,7 @@ def test_resnet_has_the_keys_of_published_weights():
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_contract(name):
     entry = models.entry(name)
-    model = entry.builder(classes=7, backend="torch").eval()
+    model = entry.builder(num_classes=7, backend="torch").eval()
     x = torch.rand(3, *entry.input_shape)
     embedded = model.embed(x)
     assert embedded.shape == (3, model.head.in_features)
