@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
 import statistics
@@ -18,7 +17,7 @@ from torch import nn
 from convkit.lab import LabError, data, models, runs, train
 from convkit.lab.objectives import Classify, Distill, Joint, Objective, Rotate
 from convkit.lab.probe import Frozen, load_trunk, with_features
-from convkit.lab.recipes import Recipe, nearest
+from convkit.lab.recipes import Recipe
 from convkit.lab.runs import Run
 
 __all__ = ["Setup", "mean_and_std", "pick_device", "prepare", "resume", "trained", "train_recipe"]
@@ -100,15 +99,14 @@ def _load_data(name: str) -> data.Data:
 
 
 def _build(recipe: Recipe, classes: int, shape: tuple[int, int, int]) -> models.Network:
-    """The network with as many outputs; LabError if it does not take its options or pictures of that shape."""
-    builder = models.entry(recipe.model).builder
-    known = [name for name in inspect.signature(builder).parameters if name not in ("backend", "classes")]
-    for option in recipe.options:
-        if option not in known:
-            hint = nearest(option, known) or (f"it takes {', '.join(known)}" if known else "it takes none")
-            raise LabError(f"{recipe.name}: network {recipe.model} has no option {option!r}: {hint}")
+    """The network for as many classes and such pictures; LabError if it does not take its options or the pictures."""
+    takes = models.entry(recipe.model).options
+    fitting = {"num_classes": classes, "channels": shape[0], "size": shape[1]}
+    options = {name: value for name, value in fitting.items() if name in takes} | dict(recipe.options)
     try:
-        model = models.build(recipe.model, backend=recipe.backend, classes=classes, **recipe.options)
+        model = models.build(recipe.model, backend=recipe.backend, **options)
+    except LabError as error:
+        raise LabError(f"{recipe.name}: {error}") from None
     except (TypeError, ValueError) as error:
         raise LabError(f"{recipe.name}: network {recipe.model}: {error}") from None
     try:

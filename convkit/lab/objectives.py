@@ -192,6 +192,6 @@ def topk_errors(logits: Tensor, labels: Tensor, up_to: int = 5) -> list[float]:
 
     ``logits`` (N, classes), ``labels`` int64 (N,). Of equal logits, those of lower classes are taken as likelier.
     """
-    order = logits.argsort(1, descending=True, stable=True)
+    order = logits.argsort(dim=1, descending=True, stable=True)
     rank = (order == labels[:, None]).int().argmax(1)
     return [(rank >= k).double().mean().item() for k in range(1, up_to + 1)]

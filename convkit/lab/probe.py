@@ -33,9 +33,13 @@ class Frozen(Network):
     """A frozen ``trunk`` and a new, trainable ``head`` on the output of one of its layers.
 
     It takes pictures (N, C, H, W), or vectors (N, D) that ``embed`` gave before: training a head does not need the
-    trunk again in every epoch. They are standardised by :func:`with_features`. ``layer``: a module of the trunk, whose output is flattened; empty for the trunk's own
-    ``embed``. ``shape``: (C, H, W) of the pictures. ``batch_norm``: "eval", or "train" to see what goes wrong.
+    trunk again in every epoch. They are standardised, by constants that :func:`with_features` sets.
+
+    ``layer``: a module of the trunk, whose output is flattened; empty for the trunk's own ``embed``. ``shape``:
+    (C, H, W) of the pictures. ``batch_norm``: "eval", or "train" to see what goes wrong.
     """
+
+    head_name = "classifier"
 
     def __init__(
         self,
@@ -47,15 +51,15 @@ class Frozen(Network):
         layer: str = "",
         batch_norm: str = "eval",
     ) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.trunk, self.layer, self.batch_norm = trunk.requires_grad_(False), layer, batch_norm
         self.trunk.eval()
-        width = self.embed(torch.zeros(1, *shape, device=next(trunk.parameters()).device)).shape[1]
+        width = self.features(torch.zeros(1, *shape, device=next(trunk.parameters()).device)).numel()
         # Features of different layers differ in size by orders of magnitude; one learning rate must do for all.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         hidden = [nn.Linear(width, MLP_WIDTH), nn.ReLU()] if head == "mlp" else []
-        self.head = nn.Sequential(*hidden, nn.Linear(MLP_WIDTH if hidden else width, classes))
+        self.classifier = nn.Sequential(*hidden, nn.Linear(MLP_WIDTH if hidden else width, classes))
         self.train()
 
     def train(self, mode: bool = True) -> Frozen:
@@ -150,8 +154,7 @@ def load_trunk(network: Network, source: str, out: str | os.PathLike[str] = "run
     state = _read_state(path) if path.is_file() else runs.load_checkpoint(runs.find(source, out).folder / "best.pt")
     state = state["model"] if state.get("format") == runs.CHECKPOINT_FORMAT else state
     own = network.state_dict()
-    heads = [name for name, module in network.named_modules() if module is network.head] + ["rotation_head"]
-    of_head = {name for name in (*own, *state) if name.startswith(tuple(f"{head}." for head in heads))}
+    of_head = {name for name in (*own, *state) if name.startswith((f"{network.head_name}.", "rotation_head."))}
     fitting = {
         name: value
         for name, value in state.items()

@@ -7,7 +7,7 @@ from convkit.lab import data
 
 @pytest.fixture(scope="session")
 def digits5k() -> data.Data:
-    return data.digits5k()
+    return data.load("digits5k")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def go(out, folder=None, objective=None, recipe=RECIPE):
     torch.manual_seed(recipe.seed)
     layers = nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)
     resume = None if folder is None else runs.Run.open(folder)
-    few = data.digits5k().take(200, 60, 100)
+    few = data.load("digits5k").take(200, 60, 100)
     from rich.console import Console
 
     options = {"out": out, "resume": resume, "save_seconds": 0.0, "console": Console(quiet=True)}

@@ -93,8 +93,8 @@ def test_other_data_and_a_second_process_are_refused(tmp_path, monkeypatch):
     folder = tmp_path / "killed-1"
     with runs.Log(folder / "log.txt", Console(quiet=True)), pytest.raises(LabError, match="another process"):
         killed.go(tmp_path, folder)
-    digits = killed.data.digits5k()
-    monkeypatch.setattr(killed.data, "digits5k", lambda: digits.take(300, 60, 100))
+    digits = killed.data.load("digits5k")
+    monkeypatch.setattr(killed.data, "load", lambda name: digits.take(300, 60, 100))
     with pytest.raises(LabError, match="the data are not those that the run started with"):
         killed.go(tmp_path, folder)
 
