@@ -217,6 +217,46 @@ def train(
     )
 
 
+def sweep(
+    name: Annotated[str, typer.Argument(help="A sweep (learning-rate, optimizer, ...), or a recipe.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="Of a recipe, one with several: 'batch_size=16|64|256'."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train each so often, with seed, seed + 1, ...")] = 1,
+    out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Train a recipe with several values of one field; one plot and one table."""
+    from convkit.lab.commands import run_sweep
+
+    run_sweep(name, changes or (), seeds=seeds, out=out, device=device, threads=threads)
+
+
+def eval_(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or recipes: their newest run.")],
+    out: Annotated[str, typer.Option(help="Folder in which runs are looked for.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Test runs: top-1 and top-5 error, confusion matrix, predictions."""
+    from convkit.lab.commands import run_eval
+
+    run_eval(runs, out=out, device=device, threads=threads)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders, or recipes.")],
+    out: Annotated[str, typer.Option(help="Folder in which runs are looked for.")] = "runs",
+    to: Annotated[str, typer.Option(help="Folder for comparison.png, .csv and .md.")] = "comparison",
+) -> None:
+    """Put runs side by side: curves, parameters, errors, speed."""
+    from convkit.lab.commands import run_compare
+
+    run_compare(runs, out=out, to=to)
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -225,8 +265,8 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, data, explain, info, models, train):
-        command.command()(function)
+    for function in (demo, bench, data, explain, info, models, train, sweep, eval_, compare):
+        command.command(function.__name__.strip("_"))(function)
     return command
 
 

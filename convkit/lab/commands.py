@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from convkit.lab import LabError, experiment, recipes, require, runs, train
+from convkit.lab import LabError, evaluate, experiment, recipes, require, runs, sweeps, train
 
-__all__ = ["run_train"]
+__all__ = ["run_compare", "run_eval", "run_sweep", "run_train"]
 
 
 def run_train(
@@ -52,6 +54,84 @@ def run_train(
         if train.processes()[0] == 0:
             _print_runs(console, done)
     return done
+
+
+def run_eval(
+    names: Sequence[str],
+    *,
+    out: str | os.PathLike[str] = "runs",
+    device: str | None = None,
+    threads: int | None = None,
+    console: Any = None,
+) -> list[float]:
+    """Tests runs with their best weights, see :func:`convkit.lab.evaluate.test`; the errors in percent."""
+    require("rich", "matplotlib")
+    console = console or _console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    errors = []
+    place = experiment.pick_device(device)
+    for run in [runs.find(name, out) for name in names]:
+        error = experiment.test_error(run, place)
+        errors.append(error)
+        images = run.result["test_images"]
+        spread = math.sqrt(error * (100 - error) / images)
+        text = f"{run.folder}: test error {error:.2f} ± {spread:.2f} % of {images:,}"
+        if "top5_error_percent" in run.result:
+            text += f", top-5 error {run.result['top5_error_percent']:.2f} %"
+        if run.recipe.claimed_error is not None:
+            text += f"; claimed {run.recipe.claimed_error:g} %"
+        _say(console, text)
+        _say(console, f"  {run.folder / 'confusion.png'}, {run.folder / 'predictions.csv'}")
+    if len(errors) > 1:
+        mean, std = experiment.mean_and_std(errors)
+        _say(console, f"mean ± standard deviation of the {len(errors)} runs: {mean:.2f} ± {std:.2f} %")
+    return errors
+
+
+def run_compare(
+    names: Sequence[str],
+    *,
+    out: str | os.PathLike[str] = "runs",
+    to: str | os.PathLike[str] = "comparison",
+    console: Any = None,
+) -> list[list[str]]:
+    """Puts runs side by side, see :func:`convkit.lab.evaluate.compare`; prints the table."""
+    require("rich", "matplotlib")
+    console = console or _console()
+    if len(names) < 2:
+        raise LabError(f"compare needs at least two runs, got {len(names)}")
+    heads, *rows = evaluate.compare([runs.find(name, out) for name in names], Path(to))
+    _table(console, heads, rows, right=range(2, len(heads)))
+    _say(console, f"{Path(to) / 'comparison.png'}, comparison.csv, comparison.md")
+    return [heads, *rows]
+
+
+def run_sweep(
+    name: str,
+    changes: Sequence[str],
+    *,
+    seeds: int = 1,
+    out: str | os.PathLike[str] = "runs",
+    device: str | None = None,
+    threads: int | None = None,
+    console: Any = None,
+) -> Path:
+    """Trains a recipe with each value of one field; the folder with sweep.png, sweep.csv and sweep.md.
+
+    ``name``: a sweep of :data:`convkit.lab.sweeps.SWEEPS`, or a recipe, with one of ``changes`` as
+    ``field=value|value|...``. Runs that are finished already are not trained again.
+    """
+    require("rich", "matplotlib")
+    console = console or _console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    plan = sweeps.plan(name, changes)
+    place = experiment.pick_device(device)
+    folder, table = sweeps.run(plan, seeds, place, out=out, console=console)
+    _table(console, table[0], table[1:], right=(1, 2, 3))
+    _say(console, f"{folder / 'sweep.png'}, sweep.csv, sweep.md")
+    return folder
 
 
 def _console() -> Any:

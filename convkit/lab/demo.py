@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convkit.lab import LabError, data, models, recipes, require, train
+from convkit.lab import LabError, data, evaluate, models, recipes, require, train
 from convkit.lab.objectives import Classify
 from convkit.lab.recipes import Recipe
 from convkit.lab.runs import Run, environment
@@ -69,7 +69,7 @@ def run_demo(
         torch.manual_seed(recipe.seed)
         model = models.build(name, backend=recipe.backend)
         run = train.fit(model, digits, Classify(), recipe, out=out, console=console)
-        train.evaluate_test(run, model, digits, Classify())
+        evaluate.test(run, model, digits, Classify())
         runs.append(run)
 
     _say(console, "Timing a training step of each network …")

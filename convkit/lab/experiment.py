@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from convkit.lab import LabError, data, models, runs, train
+from convkit.lab import LabError, data, evaluate, models, runs, train
 from convkit.lab.objectives import Classify, Distill, Joint, Objective, Rotate
 from convkit.lab.probe import Frozen, load_trunk, with_features
 from convkit.lab.recipes import Recipe
 from convkit.lab.runs import Run
 
-__all__ = ["Setup", "mean_and_std", "pick_device", "prepare", "resume", "trained", "train_recipe"]
+__all__ = [
+    "Setup",
+    "mean_and_std",
+    "pick_device",
+    "prepare",
+    "resolve",
+    "resume",
+    "test_error",
+    "train_recipe",
+    "trained",
+]
 
 
 @dataclasses.dataclass
@@ -49,12 +60,26 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def prepare(
-    recipe: Recipe, device: torch.device, *, out: str | os.PathLike[str] = "runs", weights: bool = True
-) -> Setup:
-    """Loads the data, draws the network and makes the objective of a recipe.
+def resolve(recipe: Recipe, out: str | os.PathLike[str] = "runs") -> Recipe:
+    """The recipe with the runs that it builds on as absolute paths: config.json shall say which they were."""
+    changes = {}
+    if recipe.init:
+        changes["init"] = recipe.init
+    if recipe.objective == "distill":
+        if not recipe.teacher:
+            raise LabError(f"{recipe.name}: objective=distill needs teacher=RUN, a run folder or a recipe")
+        changes["teacher"] = recipe.teacher
+    for field, value in changes.items():
+        path = Path(value) if Path(value).is_file() else runs.find(value, out).folder
+        changes[field] = str(path.resolve())
+    return dataclasses.replace(recipe, **changes)
 
-    ``weights=False``: the network is about to be overwritten from a checkpoint, so ``init`` need not be there.
+
+def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Setup:
+    """Loads the data, draws the network and makes the objective of a recipe that :func:`resolve` gave.
+
+    ``weights=False``: the network will be overwritten from a checkpoint and only evaluated, so that the runs that it
+    was built on need not be there any more.
     """
     everything = _load_data(recipe.data)
     everything = everything.take(
@@ -67,10 +92,8 @@ def prepare(
         with torch.no_grad():
             width = model.eval().embed(torch.zeros(1, *everything.shape, device=device)).shape[1]
         model.train().add_module("rotation_head", nn.Linear(width, 4, device=device))
-    if recipe.init:
-        if weights:
-            recipe = _resolved(recipe, "init", out)
-            load_trunk(model, recipe.init, out)
+    if recipe.init and weights:
+        load_trunk(model, recipe.init)
     if recipe.freeze:
         if recipe.objective != "classify":
             raise LabError(f"{recipe.name}: freeze trains a head for objective=classify, got {recipe.objective}")
@@ -82,9 +105,7 @@ def prepare(
             layer=recipe.layer,
             batch_norm=recipe.trunk_batch_norm,
         ).to(device)
-    if recipe.objective == "distill" and weights:
-        recipe = _resolved(recipe, "teacher", out)
-    return Setup(recipe, model, everything, _objective(recipe, device, out) if weights else _scorer(recipe))
+    return Setup(recipe, model, everything, _objective(recipe, device, teach=weights))
 
 
 def _load_data(name: str) -> data.Data:
@@ -119,43 +140,48 @@ def _build(recipe: Recipe, classes: int, shape: tuple[int, int, int]) -> models.
     return model.train()
 
 
-def _resolved(recipe: Recipe, field: str, out: str | os.PathLike[str]) -> Recipe:
-    """The recipe with the run that ``field`` names as an absolute path: config.json shall say which it was."""
-    value = getattr(recipe, field)
-    if not value:
-        raise LabError(f"{recipe.name}: objective={recipe.objective} needs {field}=RUN, a run folder or a recipe")
-    path = Path(value) if Path(value).is_file() else runs.find(value, out).folder
-    return dataclasses.replace(recipe, **{field: str(path.resolve())})
-
-
-def _scorer(recipe: Recipe) -> Objective:
-    """An objective for evaluation alone, which needs no teacher."""
-    return {"rotate": Rotate(), "joint": Joint()}.get(recipe.objective, Classify())
-
-
-def _objective(recipe: Recipe, device: torch.device, out: str | os.PathLike[str]) -> Objective:
-    if recipe.objective == "distill":
-        teacher, _ = trained(Run.open(recipe.teacher), device, out=out)
+def _objective(recipe: Recipe, device: torch.device, *, teach: bool) -> Objective:
+    if recipe.objective == "distill" and teach:
+        teacher = trained(Run.open(recipe.teacher), device).model
         if recipe.channels_last:
-            teacher.model.to(memory_format=torch.channels_last)
-        return Distill(teacher.model, recipe.temperature, recipe.same_crops)
-    if recipe.objective == "classify":
+            teacher.to(memory_format=torch.channels_last)
+        return Distill(teacher, recipe.temperature, recipe.same_crops)
+    if recipe.objective in ("classify", "distill"):
         return Classify(recipe.label_smoothing)
     return Rotate() if recipe.objective == "rotate" else Joint(recipe.rotation_weight)
 
 
-def trained(run: Run, device: torch.device, *, out: str | os.PathLike[str] = "runs") -> tuple[Setup, int]:
-    """The setup of a run with its best weights in the network, in evaluation mode; and the epoch they are of."""
-    setup = prepare(run.recipe, device, out=out, weights=False)
-    checkpoint = runs.load_checkpoint(run.folder / "best.pt")
-    setup.model.load_state_dict(checkpoint["model"])
+def trained(run: Run, device: torch.device) -> Setup:
+    """The setup of a run with its best weights in the network, in evaluation mode."""
+    setup = prepare(run.recipe, device, weights=False)
+    setup.model.load_state_dict(runs.load_checkpoint(run.folder / "best.pt")["model"])
     setup.model.eval()
-    return setup, checkpoint["epoch"]
+    return setup
 
 
-def train_recipe(recipe: Recipe, device: torch.device, *, out: str | os.PathLike[str] = "runs", **options: Any) -> Run:
-    """A new run of a recipe. ``options`` go to :func:`convkit.lab.train.fit`."""
-    return _fit(prepare(recipe, device, out=out), out=out, **options)
+def train_recipe(
+    recipe: Recipe, device: torch.device, *, out: str | os.PathLike[str] = "runs", keep: bool = False, **options: Any
+) -> Run:
+    """A new run of a recipe. ``options`` go to :func:`convkit.lab.train.fit`.
+
+    ``keep``: where ``out`` has a finished run of the very same recipe, that one; where it has one that was stopped, the
+    rest of it.
+    """
+    recipe = resolve(recipe, out)
+    for run in _same(recipe, out) if keep else ():
+        return run if run.result.get("status") == "finished" else resume(run.folder, device, **options)
+    return _fit(prepare(recipe, device), out=out, **options)
+
+
+def _same(recipe: Recipe, out: str | os.PathLike[str]) -> Iterator[Run]:
+    """The runs in ``out`` of that very recipe that did not fail, the finished ones first."""
+    found = []
+    for folder in Path(out).glob(f"{recipe.name}-*"):
+        with contextlib.suppress(LabError):  # of another version, or no run at all
+            run = Run.open(folder)
+            if run.recipe == recipe and run.result.get("status") in (None, "interrupted", "finished"):
+                found.append(run)
+    yield from sorted(found, key=lambda run: run.result.get("status") != "finished")
 
 
 def resume(folder: str | os.PathLike[str], device: torch.device, **options: Any) -> Run:
@@ -173,6 +199,14 @@ def _fit(setup: Setup, **options: Any) -> Run:
         if not recipe.augment and recipe.trunk_batch_norm == "eval":
             setup.data = frozen
     return train.fit(setup.model, setup.data, setup.objective, recipe, **options)
+
+
+def test_error(run: Run, device: torch.device, *, again: bool = True) -> float:
+    """Test error of a run in percent, see :func:`convkit.lab.evaluate.test`; ``again=False``: measured unless known."""
+    if not again and "test_error_percent" in run.result:
+        return run.result["test_error_percent"]
+    setup = prepare(run.recipe, device, weights=False)
+    return evaluate.test(run, setup.model, setup.data, setup.objective)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The training loop.
 
 ``fit(model, data, objective, recipe)`` trains on ``data.train``, keeps the weights that do best on ``data.val``, and
-never looks at ``data.test``; :func:`evaluate_test` does, once, with the best weights.
+never looks at ``data.test``: that is for :mod:`convkit.lab.evaluate`.
 
 What a run comes to is decided by the recipe alone: the order of the pictures and their augmentation follow from the
 seed and the epoch, everything else that is drawn (dropout) from a state that is in every checkpoint. So a run that was
@@ -41,7 +41,6 @@ __all__ = [
     "Interrupted",
     "NonFiniteLoss",
     "evaluate",
-    "evaluate_test",
     "fit",
     "make_optimizer",
     "make_schedule",
@@ -489,17 +488,6 @@ def _like(images: Tensor, model: nn.Module) -> Tensor:
     if images.dim() == 4 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return images.contiguous(memory_format=torch.channels_last)
     return images
-
-
-def evaluate_test(run: Run, model: nn.Module, data: Data, objective: Objective) -> float:
-    """Test error in percent of the run's best weights, which are loaded into ``model``.
-
-    Adds it to result.json and curves.png. ``convkit eval`` says more about the answers.
-    """
-    model.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
-    loss, accuracy = evaluate(model, data.test, objective)
-    run.save_test(round(100 * (1 - accuracy), 4), loss, len(data.test))
-    return run.result["test_error_percent"]
 
 
 # --------------------------------------------------------------------------------------------------------- processes

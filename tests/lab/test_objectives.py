@@ -129,9 +129,7 @@ def test_regression_targets_are_standardised_and_inverted():
 
 def test_regression_through_the_loop(few, tmp_path):
     """How much ink a digit takes, learnt by a linear network; predictions are in pixels."""
-    ink = [
-        data.Split(s.images, s.images.flatten(1).float().sum(1) / 255) for s in (few.train, few.val, few.test)
-    ]
+    ink = [data.Split(s.images, s.images.flatten(1).float().sum(1) / 255) for s in (few.train, few.val, few.test)]
     inked = dataclasses.replace(few, train=ink[0], val=ink[1], test=ink[2])
     objective = objectives.Regress.of(inked.train.labels)
     model = nn.Sequential(nn.AvgPool2d(14), nn.Flatten(), nn.Linear(4, 1))
@@ -165,8 +163,7 @@ def test_distilling_and_joint_by_recipe(small, tmp_path):
         assert run.recipe.teacher == str(teacher.folder)  # the folder that it was, not the newest one
     joint = experiment.train_recipe(recipe("objective=joint"), CPU, out=tmp_path, console=QUIET)
     assert "rotation_head.weight" in runs.load_checkpoint(joint.folder / "best.pt")["model"]
-    setup, epoch = experiment.trained(joint, CPU)
-    assert epoch == 1 and not setup.model.training
+    assert not experiment.trained(joint, CPU).model.training
 
 
 def test_probing_a_rotation_trunk(small, tmp_path):
@@ -177,7 +174,7 @@ def test_probing_a_rotation_trunk(small, tmp_path):
         recipe(f"init={name}", "freeze=yes", "epochs=5", "head=mlp", "layer=conv2"), CPU, out=tmp_path, console=QUIET
     )
     before = runs.load_checkpoint(trunk.folder / "best.pt")["model"]
-    setup, _ = experiment.trained(run, CPU)
+    setup = experiment.trained(run, CPU)
     for key, value in setup.model.trunk.state_dict().items():
         assert key.startswith("output.") or torch.equal(value, before[key])
     assert setup.model.features(torch.zeros(1, 1, 28, 28)).shape == (1, 50, 8, 8)
@@ -251,7 +248,7 @@ def test_weights_from_files(tmp_path):
 
 def test_fine_tuning_starts_from_the_weights(small, tmp_path):
     source = experiment.train_recipe(recipe("objective=rotate"), CPU, out=tmp_path, console=QUIET)
-    setup = experiment.prepare(recipe(f"init={source.folder.name}"), CPU, out=tmp_path)
+    setup = experiment.prepare(experiment.resolve(recipe(f"init={source.folder.name}"), tmp_path), CPU)
     best = runs.load_checkpoint(source.folder / "best.pt")["model"]
     assert torch.equal(setup.model.conv1.weight, best["conv1.weight"]) and setup.model.output.out_features == 10
     assert math.prod(p.requires_grad for p in setup.model.parameters())

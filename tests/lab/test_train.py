@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from convkit.lab import LabError, models, objectives, plots, recipes, runs, train
+from convkit.lab import LabError, evaluate, models, objectives, plots, recipes, runs, train
 
 RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=32, learning_rate=1e-3, backend="torch")
 CLASSIFY = objectives.Classify()
@@ -30,13 +30,14 @@ def read_json(path):
 
 def test_run_folder(few, tmp_path):
     model, run = fit(few, tmp_path)
-    error = train.evaluate_test(run, model, few, CLASSIFY)
-    assert run.folder == tmp_path / "tiny-1"
     assert {path.name for path in run.folder.iterdir()} == FILES
+    error = evaluate.test(run, model, few, CLASSIFY)
+    assert run.folder == tmp_path / "tiny-1"
+    assert {path.name for path in run.folder.iterdir()} == FILES | {"confusion.png", "predictions.csv"}
 
     config = read_json(run.folder / "config.json")
     assert recipes.from_json(config["recipe"]) == RECIPE
-    assert config["network"] == {"name": "fc64", "class": "_MLP", "parameters": 50_890}
+    assert config["network"] == {"name": "fc64", "class": "MLP", "parameters": 50_890}
     assert (config["data"]["train"], config["data"]["val"], config["data"]["test"]) == (200, 60, 100)
 
     env = read_json(run.folder / "env.json")
