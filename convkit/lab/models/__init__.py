@@ -15,8 +15,46 @@ pictures mean the same thing everywhere else (data, augmentation, plots). It off
 One with auxiliary classifiers has ``training_logits(x)`` too: the (logits, weight) pairs that its training loss sums.
 """
 
-from convkit.lab.models.cifar import cifar_baseline, cifar_mobilenet
-from convkit.lab.models.digits import fc64, fc256_fc256, lenet5, simplenet
+from convkit.lab.models.cifar import (
+    cifar_baseline,
+    cifar_mobilenet,
+)
+from convkit.lab.models.classic import (
+    alexnet,
+    cifar_vgg16,
+    rotation_nin,
+    vgg16,
+    vgg16_bn,
+    vgg19,
+    vgg19_bn,
+)
+from convkit.lab.models.course import (
+    cifar_cnn,
+    filter_bank,
+    logistic,
+    logistic_filters,
+    mlp5,
+    simple_cnn,
+    simple_cnn_bn,
+)
+from convkit.lab.models.digits import (
+    fc64,
+    fc256_fc256,
+    lenet5,
+    simplenet,
+)
+from convkit.lab.models.inception import (
+    googlenet,
+    inception_v4,
+)
+from convkit.lab.models.mobile import (
+    cifar_efficientnet_b0,
+    cifar_mobilenet_v1,
+    cifar_mobilenet_v2,
+    efficientnet_b0,
+    mobilenet_v1,
+    mobilenet_v2,
+)
 from convkit.lab.models.network import (
     ACTIVATIONS,
     BACKENDS,
@@ -31,26 +69,86 @@ from convkit.lab.models.network import (
     count_parameters,
     entry,
 )
-from convkit.lab.models.resnet import resnet18
+from convkit.lab.models.resnet import (
+    cifar_densenet,
+    cifar_preact_resnet18,
+    cifar_preact_resnet110,
+    cifar_resnet18,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    cifar_se_resnet18,
+    densenet121,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    se_resnet18,
+    se_resnet50,
+    shrunk_resnet,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "Entry",
     "MODELS",
     "NORMS",
-    "Entry",
     "Network",
     "Normalize",
     "OptionError",
     "TorchConv2d",
+    "alexnet",
     "build",
     "cifar_baseline",
+    "cifar_cnn",
+    "cifar_densenet",
+    "cifar_efficientnet_b0",
     "cifar_mobilenet",
+    "cifar_mobilenet_v1",
+    "cifar_mobilenet_v2",
+    "cifar_preact_resnet110",
+    "cifar_preact_resnet18",
+    "cifar_resnet110",
+    "cifar_resnet18",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_se_resnet18",
+    "cifar_vgg16",
     "count_parameters",
+    "densenet121",
+    "efficientnet_b0",
     "entry",
-    "fc64",
     "fc256_fc256",
+    "fc64",
+    "filter_bank",
+    "googlenet",
+    "inception_v4",
     "lenet5",
+    "logistic",
+    "logistic_filters",
+    "mlp5",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "resnet101",
+    "resnet152",
     "resnet18",
+    "resnet34",
+    "resnet50",
+    "rotation_nin",
+    "se_resnet18",
+    "se_resnet50",
+    "shrunk_resnet",
+    "simple_cnn",
+    "simple_cnn_bn",
     "simplenet",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
 ]

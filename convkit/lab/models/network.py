@@ -248,6 +248,23 @@ def norm2d(kind: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
+class SqueezeExcitation(nn.Module):
+    """Channels weighed by what the whole picture has in them; keys fc1, fc2, as torchvision's, of 1×1 convolutions.
+
+    Hu et al., "Squeeze-and-Excitation Networks", arXiv:1709.01507. ``squeezed``: channels in between.
+    """
+
+    def __init__(self, channels: int, squeezed: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.activation = activation()
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.fc2(self.activation(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(weights)
+
+
 def initialize(network: nn.Module, mode: str) -> None:
     """Convolutions before ReLUs as in He et al., "Delving Deep into Rectifiers", 2015; their biases zero.
 
