@@ -257,6 +257,24 @@ def compare(
     run_compare(runs, out=out, to=to)
 
 
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims; --list shows them.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="All of them (hours), or the quick ones.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the claims.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of each claim's own number.")] = None,
+    out: Annotated[str, typer.Option(help="Folder for the runs and for reproduce.md, .json.")] = "runs/reproduce",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Try what is claimed: claimed, got, verdict. Stopped, the same command goes on where it was."""
+    from convkit.lab.reproduce import list_claims, run_reproduce
+
+    if list_:
+        list_claims()
+    else:
+        run_reproduce(names or (), full=full, seeds=seeds, out=out, device=device, threads=threads)
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -265,7 +283,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, data, explain, info, models, train, sweep, eval_, compare):
+    for function in (demo, bench, data, explain, info, models, train, sweep, eval_, compare, reproduce):
         command.command(function.__name__.strip("_"))(function)
     return command
 

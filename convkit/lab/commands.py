@@ -13,7 +13,7 @@ import torch
 
 from convkit.lab import LabError, evaluate, experiment, recipes, require, runs, sweeps, train
 
-__all__ = ["run_compare", "run_eval", "run_sweep", "run_train"]
+__all__ = ["print_table", "run_compare", "run_eval", "run_sweep", "run_train", "say"]
 
 
 def run_train(
@@ -81,11 +81,11 @@ def run_eval(
             text += f", top-5 error {run.result['top5_error_percent']:.2f} %"
         if run.recipe.claimed_error is not None:
             text += f"; claimed {run.recipe.claimed_error:g} %"
-        _say(console, text)
-        _say(console, f"  {run.folder / 'confusion.png'}, {run.folder / 'predictions.csv'}")
+        say(console, text)
+        say(console, f"  {run.folder / 'confusion.png'}, {run.folder / 'predictions.csv'}")
     if len(errors) > 1:
         mean, std = experiment.mean_and_std(errors)
-        _say(console, f"mean ± standard deviation of the {len(errors)} runs: {mean:.2f} ± {std:.2f} %")
+        say(console, f"mean ± standard deviation of the {len(errors)} runs: {mean:.2f} ± {std:.2f} %")
     return errors
 
 
@@ -102,8 +102,8 @@ def run_compare(
     if len(names) < 2:
         raise LabError(f"compare needs at least two runs, got {len(names)}")
     heads, *rows = evaluate.compare([runs.find(name, out) for name in names], Path(to))
-    _table(console, heads, rows, right=range(2, len(heads)))
-    _say(console, f"{Path(to) / 'comparison.png'}, comparison.csv, comparison.md")
+    print_table(console, heads, rows, right=range(2, len(heads)))
+    say(console, f"{Path(to) / 'comparison.png'}, comparison.csv, comparison.md")
     return [heads, *rows]
 
 
@@ -129,8 +129,8 @@ def run_sweep(
     plan = sweeps.plan(name, changes)
     place = experiment.pick_device(device)
     folder, table = sweeps.run(plan, seeds, place, out=out, console=console)
-    _table(console, table[0], table[1:], right=(1, 2, 3))
-    _say(console, f"{folder / 'sweep.png'}, sweep.csv, sweep.md")
+    print_table(console, table[0], table[1:], right=(1, 2, 3))
+    say(console, f"{folder / 'sweep.png'}, sweep.csv, sweep.md")
     return folder
 
 
@@ -140,7 +140,8 @@ def _console() -> Any:
     return Console()
 
 
-def _say(console: Any, text: str) -> None:
+def say(console: Any, text: str) -> None:
+    """Prints text as it is, on one line."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -150,20 +151,22 @@ def _print_runs(console: Any, done: Sequence[runs.Run]) -> None:
         score = best[f"val_{run.metric}"]
         value = f"error {100 * (1 - score):.2f} %" if run.metric == "accuracy" else f"{run.metric} {score:.4f}"
         early = ", stopped early" if run.result.get("stopped_early") else ""
-        _say(console, f"{run.folder}: validation {value} in epoch {best['epoch']} of {len(run.history)}{early}")
+        say(console, f"{run.folder}: validation {value} in epoch {best['epoch']} of {len(run.history)}{early}")
     if len(done) > 1 and done[0].metric == "accuracy":
         mean, std = experiment.mean_and_std([run.result["val_error_percent"] for run in done])
-        _say(console, f"validation error {mean:.2f} ± {std:.2f} % (mean ± standard deviation of {len(done)} seeds)")
-    _say(console, f"Test error: convkit eval {' '.join(str(run.folder) for run in done)}")
+        say(console, f"validation error {mean:.2f} ± {std:.2f} % (mean ± standard deviation of {len(done)} seeds)")
+    say(console, f"Test error: convkit eval {' '.join(str(run.folder) for run in done)}")
 
 
-def _table(console: Any, heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+def print_table(console: Any, heads: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Prints a table; ``right``: the columns that are set flush right."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, head in enumerate(heads):
-        table.add_column(head, justify="right" if column in right else "left", overflow="fold")
+        justify = "right" if column in right else "left"
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=column == 0)
     for line in lines:
         table.add_row(*line)
     console.print(table, markup=False, highlight=False)
@@ -174,7 +177,7 @@ def _list_recipes(console: Any) -> None:
     for recipe in recipes.RECIPES.values():
         claimed = "" if recipe.claimed_error is None else f"{recipe.claimed_error:g}"
         lines.append([recipe.name, recipe.model, recipe.data, recipe.objective, str(recipe.epochs), claimed])
-    _table(console, ["Recipe", "Network", "Data", "Objective", "Epochs", "Claimed\nerror %"], lines, right=(4, 5))
+    print_table(console, ["Recipe", "Network", "Data", "Objective", "Epochs", "Claimed\nerror %"], lines, right=(4, 5))
 
 
 def _list_fields(console: Any, recipe: recipes.Recipe) -> None:
@@ -184,4 +187,4 @@ def _list_fields(console: Any, recipe: recipes.Recipe) -> None:
         if isinstance(value, tuple):
             value = ("+" if field == "augment" else ",").join(map(str, value))
         lines.append([field, str(value), accepted])
-    _table(console, ["Field", "Value", "One of"], lines)
+    print_table(console, ["Field", "Value", "One of"], lines)

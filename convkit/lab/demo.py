@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from convkit.lab import LabError, data, evaluate, models, recipes, require, train
+from convkit.lab.commands import say
 from convkit.lab.objectives import Classify
 from convkit.lab.recipes import Recipe
 from convkit.lab.runs import Run, environment
@@ -52,12 +53,12 @@ def run_demo(
     if choice not in (None, *DEMO_DATA):
         raise LabError(f"data {choice!r}: the demo has recipes for {' and '.join(DEMO_DATA)}")
     digits = data.load(choice)
-    _say(console, digits.summary())
+    say(console, digits.summary())
     if quick:
         digits = digits.take(**QUICK_IMAGES)
-        _say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
+        say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
     env = environment("convkit", torch.device("cpu"))
-    _say(
+    say(
         console,
         f"Machine: {env['device']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}, torch {env['torch']}, "
         f"convkit {env['convkit']} with its {env['kernels']} kernels.",
@@ -72,7 +73,7 @@ def run_demo(
         evaluate.test(run, model, digits, Classify())
         runs.append(run)
 
-    _say(console, "Timing a training step of each network …")
+    say(console, "Timing a training step of each network …")
     for run in runs:
         _record_speed(run, digits, pairs=5 if quick else 60)
     expected = not quick and epochs is None
@@ -84,10 +85,6 @@ def _check(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise LabError(f"{name} must be at least 1, got {value}")
-
-
-def _say(console: Any, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _recipe(model: str, data_set: str, seed: int, epochs: int | None) -> Recipe:
@@ -205,6 +202,6 @@ def _print_results(console: Any, runs: list[Run], threads: int, expected: bool) 
         )
     for note in notes:
         console.print(note, markup=False, highlight=False, style="dim")
-    _say(console, "Files of each run (checkpoints, metrics.csv, curves.png, result.json):")
+    say(console, "Files of each run (checkpoints, metrics.csv, curves.png, result.json):")
     for run in runs:
-        _say(console, f"  {run.folder}")
+        say(console, f"  {run.folder}")

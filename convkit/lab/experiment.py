@@ -105,6 +105,8 @@ def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Se
             layer=recipe.layer,
             batch_norm=recipe.trunk_batch_norm,
         ).to(device)
+    if recipe.dropout:
+        model.head.register_forward_pre_hook(lambda head, x: nn.functional.dropout(x[0], recipe.dropout, head.training))
     return Setup(recipe, model, everything, _objective(recipe, device, teach=weights))
 
 

@@ -138,8 +138,9 @@ def with_features(model: Frozen, data: Data, batch_size: int = 250) -> Data:
     model.mean.copy_(features.mean(0))
     deviation = features.std(0, correction=0)
     model.std.copy_(torch.where(deviation > 0, deviation, 1.0))
-    train = Features((features - model.mean) / model.std, data.train.labels)
-    val = Features((extract(data.val) - model.mean) / model.std, data.val.labels)
+    # in place: there can be gigabytes of them
+    train = Features(features.sub_(model.mean).div_(model.std), data.train.labels)
+    val = Features(extract(data.val).sub_(model.mean).div_(model.std), data.val.labels)
     model.train(was_training)
     return dataclasses.replace(data, train=train, val=val)
 

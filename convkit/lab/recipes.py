@@ -75,6 +75,8 @@ class Recipe:
     """Decay a step of the exponential moving average of the weights that is validated and kept; 0 for off."""
     patience: int = 0
     """Stop after so many epochs without a better validation metric; 0 for never."""
+    dropout: float = 0.0
+    """Part of the embedding that is set to zero before the last layer, in training."""
     images: int = 0
     """Train on so many pictures, drawn in the proportion of the classes; 0 for all."""
     validation_images: int = 0
@@ -129,7 +131,7 @@ class Recipe:
         for name in ("weight_decay", "clip_norm", "decay", "rotation_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 self._refuse(name, "zero or positive and finite")
-        for name in ("momentum", "ema", "label_smoothing"):
+        for name in ("momentum", "ema", "label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "from 0 to below 1")
         for name in ("gamma", "warm_up"):
@@ -235,18 +237,264 @@ def _literal(text: str) -> Any:
 _COURSE = "UEA CMP-6035B Computer Vision, lecture slides, 2022"
 _COURSE_300 = f"{_COURSE} (300 passes)"
 _DIGITS5K = "mean of 3 seeds of Adam on a 4,000/1,000 split of the same digits"
+_LECUN = "LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998"
+_CHAIN = "TMLSS 2018, vision tutorial (its steps counted in epochs of 50,000 pictures)"
+_MODERN = "the chain of the TMLSS 2018 vision tutorial, with padded crops, one-cycle and weight decay"
+_HE = "He et al., 2015, arXiv:1512.03385, section 4.2"
+_GIDARIS = "Gidaris et al., 2018, arXiv:1803.07728"
+_SMALL_ROTATION = f"{_GIDARIS}, on a small ResNet"
 
-RECIPES: dict[str, Recipe] = {
-    r.name: r
-    for r in (
-        Recipe("fc64-digits5k", "fc64", "digits5k", 20, 32, 1e-3, source=_DIGITS5K, claimed_error=6.9),
-        Recipe("fc256-fc256-digits5k", "fc256_fc256", "digits5k", 15, 16, 1e-3, source=_DIGITS5K, claimed_error=5.1),
-        Recipe("simplenet-digits5k", "simplenet", "digits5k", 12, 32, 1e-3, source=_DIGITS5K, claimed_error=2.7),
-        Recipe("fc64-mnist", "fc64", "mnist", 10, 64, 1e-3, source=_COURSE, claimed_error=2.85),
-        Recipe("fc256-fc256-mnist", "fc256_fc256", "mnist", 20, 128, 5e-4, source=_COURSE, claimed_error=1.83),
-        Recipe("simplenet-mnist", "simplenet", "mnist", 6, 64, 1e-3, source=_COURSE_300, claimed_error=0.79),
-    )
+_DIGITS = (
+    Recipe("fc64-digits5k", "fc64", "digits5k", 20, 32, 1e-3, source=_DIGITS5K, claimed_error=6.9),
+    Recipe("fc256-fc256-digits5k", "fc256_fc256", "digits5k", 15, 16, 1e-3, source=_DIGITS5K, claimed_error=5.1),
+    Recipe("simplenet-digits5k", "simplenet", "digits5k", 12, 32, 1e-3, source=_DIGITS5K, claimed_error=2.7),
+    Recipe("fc64-mnist", "fc64", "mnist", 10, 64, 1e-3, source=_COURSE, claimed_error=2.85),
+    Recipe("fc256-fc256-mnist", "fc256_fc256", "mnist", 20, 128, 5e-4, source=_COURSE, claimed_error=1.83),
+    Recipe("simplenet-mnist", "simplenet", "mnist", 6, 64, 1e-3, source=_COURSE_300, claimed_error=0.79),
+    Recipe("lenet5-mnist", "lenet5", "mnist", 12, 64, 1e-3, source=_LECUN, claimed_error=0.95),
+    Recipe(
+        "lenet5-sigmoid-mnist",
+        "lenet5",
+        "mnist",
+        20,
+        64,
+        2e-3,
+        options={"activation": "sigmoid"},
+        source=_LECUN,
+        claimed_error=0.95,
+    ),
+)
+
+
+def _variant(base: Recipe, name: str, **changes: Any) -> Recipe:
+    """Another recipe, with what it claims of its own alone."""
+    return dataclasses.replace(base, name=name, **{"claimed_error": None, **changes})
+
+
+_ORIGINAL = Recipe(
+    "cifar-baseline",
+    "cifar_baseline",
+    "cifar10",
+    epochs=58,
+    batch_size=32,
+    learning_rate=0.1,
+    optimizer="momentum",
+    schedule="step",
+    milestones=(25.6, 38.4, 51.2),
+    augment=("crop:24", "flip"),
+    channels_last=True,
+    source=_CHAIN,
+    claimed_error=6.0,
+)
+_BASELINE_MODERN = Recipe(
+    "cifar-baseline-modern",
+    "cifar_baseline",
+    "cifar10",
+    epochs=30,
+    batch_size=128,
+    learning_rate=0.1,
+    optimizer="nesterov",
+    weight_decay=5e-4,
+    schedule="one_cycle",
+    augment=("pad_crop:4", "flip"),
+    channels_last=True,
+    source=_MODERN,
+)
+_STUDENT = {"model": "cifar_mobilenet", "batch_size": 64}
+_TAUGHT = {**_STUDENT, "objective": "distill", "temperature": 5.0}
+_CIFAR = (
+    _ORIGINAL,
+    _variant(_ORIGINAL, "cifar-mobilenet", epochs=116, milestones=(51.2, 76.8, 102.4), claimed_error=13.0, **_STUDENT),
+    _variant(
+        _ORIGINAL,
+        "cifar-mobilenet-distilled",
+        epochs=154,
+        milestones=(102.4, 128.0, 140.8),
+        learning_rate=0.01,
+        teacher="cifar-baseline",
+        claimed_error=8.0,
+        **_TAUGHT,
+    ),
+    _BASELINE_MODERN,
+    _variant(_BASELINE_MODERN, "cifar-mobilenet-modern", **{**_STUDENT, "batch_size": 128}),
+    _variant(
+        _BASELINE_MODERN,
+        "cifar-mobilenet-distilled-modern",
+        teacher="cifar-baseline-modern",
+        **{**_TAUGHT, "batch_size": 128},
+    ),
+    Recipe(
+        "resnet20-cifar10",
+        "cifar_resnet20",
+        "cifar10",
+        epochs=164,
+        batch_size=128,
+        learning_rate=0.1,
+        optimizer="momentum",
+        weight_decay=1e-4,
+        schedule="step",
+        milestones=(82.0, 123.0),
+        augment=("pad_crop:4", "flip"),
+        channels_last=True,
+        source=_HE,
+        claimed_error=8.75,
+    ),
+    Recipe(
+        "resnet20-cifar10-quick",
+        "cifar_resnet20",
+        "cifar10",
+        epochs=30,
+        batch_size=128,
+        learning_rate=0.4,
+        optimizer="nesterov",
+        weight_decay=5e-4,
+        schedule="one_cycle",
+        augment=("pad_crop:4", "flip"),
+        channels_last=True,
+        source="one-cycle in place of He's 164 epochs",
+    ),
+    Recipe(
+        "resnet18-cifar10",
+        "cifar_resnet18",
+        "cifar10",
+        epochs=60,
+        batch_size=128,
+        learning_rate=0.1,
+        optimizer="nesterov",
+        weight_decay=5e-4,
+        schedule="one_cycle",
+        augment=("pad_crop:4", "flip"),
+        channels_last=True,
+        precision="bf16",
+        source="kuangliu/pytorch-cifar",
+        claimed_error=6.98,
+    ),
+)
+
+_RESNET = Recipe(
+    "small-resnet-cifar10",
+    "shrunk_resnet",
+    "cifar10",
+    epochs=20,
+    batch_size=128,
+    learning_rate=0.2,
+    optimizer="nesterov",
+    weight_decay=5e-4,
+    schedule="one_cycle",
+    augment=("pad_crop:4", "flip"),
+    channels_last=True,
+    source="the small ResNet, with labels",
+)
+_RESNET_DIGITS = Recipe(
+    "small-resnet-digits5k",
+    "shrunk_resnet",
+    "digits5k",
+    epochs=12,
+    batch_size=64,
+    learning_rate=3e-3,
+    schedule="one_cycle",
+    channels_last=True,
+    source="the small ResNet, with labels",
+)
+_PROBE = {
+    "epochs": 30,
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "weight_decay": 1e-3,
+    "augment": (),
+    "freeze": True,
+    "channels_last": True,
 }
+_NIN = Recipe(
+    "nin-rotation-cifar10",
+    "rotation_nin",
+    "cifar10",
+    epochs=200,
+    batch_size=128,
+    learning_rate=0.1,
+    optimizer="nesterov",
+    weight_decay=5e-4,
+    schedule="step",
+    milestones=(60.0, 120.0, 160.0),
+    gamma=0.2,
+    augment=("flip",),
+    objective="rotate",
+    channels_last=True,
+    source=_GIDARIS,
+    claimed_error=6.35,
+)
+_SELF_SUPERVISED = (
+    _RESNET,
+    _variant(_RESNET, "small-resnet-cifar10-rotation", objective="rotate", source=_SMALL_ROTATION),
+    _variant(_RESNET, "small-resnet-cifar10-joint", objective="joint", source=_SMALL_ROTATION),
+    *(
+        _variant(
+            _RESNET,
+            f"small-resnet-cifar10-probe-{name}",
+            init="small-resnet-cifar10-rotation",
+            layer="layer2",
+            source=f"a {head} head on frozen features of rotations{of}",
+            **{**_PROBE, "learning_rate": 3e-3, "head": head, **few},
+        )
+        for name, head, few, of in (
+            ("linear", "linear", {}, ""),
+            ("mlp", "mlp", {}, ""),
+            ("few", "linear", {"images": 500}, ", 50 labels a class"),
+        )
+    ),
+    _RESNET_DIGITS,
+    _variant(_RESNET_DIGITS, "small-resnet-digits5k-rotation", epochs=4, objective="rotate", source=_SMALL_ROTATION),
+    _variant(
+        _RESNET_DIGITS,
+        "small-resnet-digits5k-probe",
+        init="small-resnet-digits5k-rotation",
+        source="a linear head on frozen features of rotations",
+        claimed_error=2.9,
+        **{**_PROBE, "learning_rate": 3e-3},
+    ),
+    _NIN,
+    _variant(
+        _NIN,
+        "nin-probe-cifar10",
+        source=f"{_GIDARIS}, a non-linear probe on block 2 (2 GB of features)",
+        init="nin-rotation-cifar10",
+        layer="trunk.block2",
+        claimed_error=10.94,
+        objective="classify",
+        milestones=(),
+        **{**_PROBE, "learning_rate": 1e-3, "head": "mlp"},
+    ),
+)
+
+_VGG_WEIGHTS = "vgg16-397923af.pth"
+_RESNET_WEIGHTS = "resnet18-f37072fd.pth"
+_FINE = Recipe(
+    "vgg16-finetune-cifar10",
+    "vgg16",
+    "cifar10",
+    epochs=10,
+    batch_size=16,
+    learning_rate=1e-4,
+    augment=("pad_crop:4", "flip"),
+    init=_VGG_WEIGHTS,
+    source=f"{_COURSE}; the weights are the file that torchvision publishes",
+)
+_HEAD = {"freeze": True, "augment": (), "epochs": 20, "learning_rate": 1e-3, "batch_size": 64}
+_FINE_RESNET = _variant(_FINE, "resnet18-finetune-cifar10", model="resnet18", init=_RESNET_WEIGHTS)
+_TRANSFER = (
+    _FINE,
+    _variant(_FINE, "vgg16-head-cifar10", **_HEAD),
+    _FINE_RESNET,
+    _variant(_FINE_RESNET, "resnet18-head-cifar10", **_HEAD),
+    _variant(
+        _FINE_RESNET,
+        "resnet18-head-cifar10-wrong",
+        **{**_HEAD, "trunk_batch_norm": "train"},
+        source="what goes wrong when the frozen trunk's batch norms are in training mode",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {r.name: r for r in (*_DIGITS, *_CIFAR, *_SELF_SUPERVISED, *_TRANSFER)}
 
 
 def recipe(name: str) -> Recipe:

@@ -169,6 +169,8 @@ def find(run: str, out: str | os.PathLike[str] = "runs") -> Run:
             return Run.open(folder)
     if run in recipes.RECIPES:
         raise LabError(f"no finished run of {run} in {out}: train it first: convkit train {run}")
+    if Path(run).suffix in (".pt", ".pth"):
+        raise LabError(f"{run!r}: no such file of weights; name one that is there")
     near = recipes.nearest(run, [path.name for path in Path(out).glob("*-*")] + list(recipes.RECIPES))
     raise LabError(f"{run!r} is neither a run folder nor a recipe with a finished run in {out}{near and '; ' + near}")
 

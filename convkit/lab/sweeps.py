@@ -35,6 +35,8 @@ SWEEPS: dict[str, Sweep] = {
         Sweep("learning-rate", "simplenet-digits5k", "learning_rate", ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")),
         Sweep("batch-size", "simplenet-digits5k", "batch_size", ("8", "32", "128", "512")),
         Sweep("optimizer", "simplenet-digits5k", "optimizer", recipes.CHOICES["optimizer"]),
+        Sweep("norm", "small-resnet-digits5k", "model.norm", ("batch", "instance", "group", "none")),
+        Sweep("dropout", "simplenet-digits5k", "dropout", ("0", "0.2", "0.4", "0.6", "0.8")),
         Sweep(
             "augmentation",
             "simplenet-digits5k",

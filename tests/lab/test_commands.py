@@ -158,7 +158,79 @@ def test_keeping_what_is_finished(small, tmp_path):
     recipe = recipes.override(recipes.recipe("fc64-digits5k"), ["epochs=1"])
     first = experiment.train_recipe(recipe, cpu, out=tmp_path, keep=True, console=quiet)
     again = experiment.train_recipe(recipe, cpu, out=tmp_path, keep=True, console=quiet)
-    other = experiment.train_recipe(
-        recipes.override(recipe, ["seed=1"]), cpu, out=tmp_path, keep=True, console=quiet
-    )
+    other = experiment.train_recipe(recipes.override(recipe, ["seed=1"]), cpu, out=tmp_path, keep=True, console=quiet)
     assert again.folder == first.folder != other.folder
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """Two claims that take a second: one true, one false."""
+    from convkit.lab import reproduce
+
+    tiny = "epochs=1", "backend=torch"
+    arms = {
+        "pretext": reproduce._arm("tiny-pretext", "fc64-digits5k", *tiny, "objective=rotate", measured=False),
+        "teacher": reproduce._arm("tiny-teacher", "fc64-digits5k", *tiny, "epochs=2", one_seed=True),
+        "taught": reproduce._arm(
+            "tiny-taught", "fc64-digits5k", *tiny, "objective=distill", "teacher=@teacher", "init=@pretext", claimed=50
+        ),
+    }
+    true = reproduce.Claim("true", "A network has an error", "arithmetic", arms, lambda e: e["taught"][0] >= 0, seeds=2)
+    false = reproduce.Claim("false", "None has", "nobody", arms, reproduce.reaches({"taught": -1}), seeds=1)
+    long = reproduce.Claim("long", "It takes long", "experience", {}, lambda e: False, quick=False)
+    monkeypatch.setattr(reproduce, "CLAIMS", {claim.name: claim for claim in (true, false, long)})
+    return reproduce
+
+
+def test_reproduce(convkit, small, claims, tmp_path):
+    status, out, err = convkit("reproduce true --device cpu")
+    assert status == 0, err
+    assert "taught, seed 1: test error" in out and "holds" in out
+    folder = tmp_path / "runs" / "reproduce"
+    report = json.loads((folder / "reproduce.json").read_text())
+    (claim,) = report["claims"]
+    assert claim["verdict"] == "holds" and set(claim["arms"]) == {"teacher", "taught"}
+    assert len(claim["arms"]["teacher"]["test_errors_percent"]) == 1
+    taught = claim["arms"]["taught"]
+    assert len(taught["test_errors_percent"]) == 2 and taught["claimed_error_percent"] == 50
+    for seed, name in enumerate(taught["runs"]):
+        recipe = runs.Run.open(folder / name).recipe
+        assert recipe.seed == seed and recipe.teacher.endswith("tiny-teacher-1")
+        assert recipe.init.endswith(f"tiny-pretext-{seed + 1}")
+    lines = (folder / "reproduce.md").read_text().splitlines()
+    assert lines[2].startswith("| true | teacher |  |") and lines[3].startswith("|  | taught | 50 |")
+
+    before = sorted(path.name for path in folder.iterdir())
+    status, out, err = convkit("reproduce --device cpu")  # all quick ones; the first claim's runs are there
+    assert status == 1 and "1 of 2 claims did not hold or were not run: false" in err and err.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+    report = json.loads((folder / "reproduce.json").read_text())
+    assert [claim["verdict"] for claim in report["claims"]] == ["holds", "does not hold"]
+
+
+def test_reproduce_without_the_data(convkit, claims, monkeypatch):
+    def missing(name):
+        raise data.DataError("not there")
+
+    monkeypatch.setattr(data, "load", missing)
+    status, out, err = convkit("reproduce true --device cpu")
+    assert status == 1 and "not run: not there" in out and "were not run: true" in err
+
+
+def test_reproduce_names_and_list(convkit, claims):
+    status, _, err = convkit("reproduce flase")
+    assert status == 2 and "no claim 'flase': did you mean false?" in err
+    status, out, _ = convkit("reproduce --list")
+    assert status == 0 and "It takes long (experience)" in out
+
+
+def test_the_claims_can_be_built():
+    from convkit.lab import models, reproduce
+
+    for claim in reproduce.CLAIMS.values():
+        for name, arm in claim.arms.items():
+            assert arm.recipe.model in models.MODELS
+            for value in (arm.recipe.init, arm.recipe.teacher):
+                assert not value.startswith("@") or list(claim.arms).index(value[1:]) < list(claim.arms).index(name)
+        measured = [name for name, arm in claim.arms.items() if arm.measured]
+        assert isinstance(claim.check({name: [1.0] for name in measured}), bool)
