@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from convkit.lab import LabError, evaluate, experiment, recipes, require, runs, sweeps, train
+from convkit.lab import LabError, evaluate, experiment, recipes, require, runs, sweeps
+from convkit.lab.distributed import process_group, processes
 
 __all__ = ["print_table", "run_compare", "run_eval", "run_sweep", "run_train", "say"]
 
@@ -40,7 +41,7 @@ def run_train(
     if (name is None) == (resume is None):
         raise LabError("train needs either a recipe (convkit train --list) or --resume RUN")
     options = {"console": console, "tensorboard": tensorboard}
-    with train.process_group(experiment.pick_device(device)) as place:
+    with process_group(experiment.pick_device(device)) as place:
         if resume is not None:
             if changes or seeds > 1:
                 raise LabError("--resume goes on exactly as the run began: it takes neither FIELD=VALUE nor --seeds")
@@ -51,7 +52,7 @@ def run_train(
                 experiment.train_recipe(dataclasses.replace(recipe, seed=recipe.seed + n), place, out=out, **options)
                 for n in range(seeds)
             ]
-        if train.processes()[0] == 0:
+        if processes()[0] == 0:
             _print_runs(console, done)
     return done
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from convkit.lab import LabError, data, evaluate, models, runs, train
+from convkit.lab.distributed import processes
 from convkit.lab.objectives import Classify, Distill, Joint, Objective, Rotate
 from convkit.lab.probe import Frozen, load_trunk, with_features
 from convkit.lab.recipes import Recipe
@@ -112,7 +113,7 @@ def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Se
 
 def _load_data(name: str) -> data.Data:
     """The first process goes first: it may have to fetch the files."""
-    rank, world = train.processes()
+    rank, world = processes()
     if rank:
         dist.barrier()
     found = data.load(name)

@@ -71,6 +71,8 @@ class Recipe:
     """f32, or autocast to bf16 or f16 (with loss scaling)."""
     channels_last: bool = False
     """Pictures and weights in NHWC order: the same numbers to rounding, other kernels."""
+    sync_batch_norm: bool = False
+    """With several processes: batch norms take the statistics of the pictures of all; needs backend=torch."""
     ema: float = 0.0
     """Decay a step of the exponential moving average of the weights that is validated and kept; 0 for off."""
     patience: int = 0
@@ -141,6 +143,8 @@ class Recipe:
             self._refuse("milestones", "positive numbers of epochs in ascending order")
         if self.schedule == "step" and not self.milestones:
             self._refuse("milestones", "given for schedule=step, such as milestones=20,30")
+        if self.sync_batch_norm and self.backend != "torch":  # convkit's are fused with what follows them
+            self._refuse("sync_batch_norm", "false, or the backend torch")
         if not 0 <= self.seed < 2**43:  # data.epoch_order packs seed and epoch into 63 bits
             self._refuse("seed", "from 0 to 2^43 - 1")
 
@@ -160,13 +164,28 @@ def nearest(word: Any, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that ``dataclasses.asdict`` gave, back from JSON. LabError if it is of another version."""
+    """The recipe that ``dataclasses.asdict`` gave, back from JSON.
+
+    A field that was not there yet when it was written has its default, with which everything was as before. LabError if
+    it has one that this version does not know.
+    """
     unknown = sorted(set(values) - set(FIELDS))
-    missing = sorted(set(TYPES) - set(values))
+    needed = {name for name, field in FIELDS.items() if _has_no_default(field)}
+    missing = sorted(needed - set(values))
     if unknown or missing:
-        what = f"does not know {', '.join(unknown)}" if unknown else f"has none of {', '.join(missing)}"
+        what = f"does not know {', '.join(unknown)}" if unknown else f"misses {', '.join(missing)}"
         raise LabError(f"recipe {values.get('name')!r} was written by another version of convkit: this one {what}")
-    return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return Recipe(**_tuples(values))
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _tuples(value) if isinstance(value, dict) else value for name, value in fields.items()}
+
+
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
@@ -389,9 +408,12 @@ _RESNET_DIGITS = Recipe(
     "small-resnet-digits5k",
     "shrunk_resnet",
     "digits5k",
-    epochs=12,
+    options={"width": 32},
+    epochs=6,
     batch_size=64,
-    learning_rate=3e-3,
+    learning_rate=0.1,
+    optimizer="nesterov",
+    weight_decay=5e-4,
     schedule="one_cycle",
     channels_last=True,
     source="the small ResNet, with labels",
@@ -448,9 +470,10 @@ _SELF_SUPERVISED = (
         _RESNET_DIGITS,
         "small-resnet-digits5k-probe",
         init="small-resnet-digits5k-rotation",
+        layer="layer3",
         source="a linear head on frozen features of rotations",
         claimed_error=2.9,
-        **{**_PROBE, "learning_rate": 3e-3},
+        **{**_PROBE, "epochs": 20, "learning_rate": 1e-3},
     ),
     _NIN,
     _variant(

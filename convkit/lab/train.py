@@ -19,7 +19,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel
 from convkit.lab import LabError, require
 from convkit.lab.augment import parse as parse_augment
 from convkit.lab.data import Data, Split, epoch_order
+from convkit.lab.distributed import SyncBatchNorm, add_up, from_first, processes
 from convkit.lab.models import count_parameters
 from convkit.lab.objectives import Objective, Outcome
 from convkit.lab.recipes import Recipe
@@ -44,8 +45,6 @@ __all__ = [
     "fit",
     "make_optimizer",
     "make_schedule",
-    "process_group",
-    "processes",
 ]
 
 SAVE_SECONDS = 60.0
@@ -150,7 +149,7 @@ def evaluate(
                 outcome = objective.evaluate(model, _like(images, model), labels)
             sums += torch.tensor([outcome.loss.item() * outcome.count, outcome.score.item(), outcome.count])
     model.train(was_training)
-    loss, score, count = _add_up(sums, device).tolist()
+    loss, score, count = add_up(sums, device).tolist()
     return loss / count, score / count
 
 
@@ -185,7 +184,7 @@ def fit(
         network = {"name": recipe.model, "class": type(model).__name__, "parameters": count_parameters(model)}
         env = environment(recipe.backend, training.device, world)
         facts = {**data.describe(), "fingerprint": data.fingerprint()}
-        run = _from_rank_0(lambda: Run.create(Path(out), recipe, network, facts, env, objective.metric))
+        run = from_first(lambda: Run.create(Path(out), recipe, network, facts, env, objective.metric))
     else:
         run = resume
         if run.result.get("status") == "finished":
@@ -277,7 +276,9 @@ class _Training:
         torch.manual_seed(recipe.seed + (self.rank << 44))  # processes draw different dropout
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.own_batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        self.norms = SyncBatchNorm.convert(model) if recipe.sync_batch_norm and self.world > 1 else []
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.own_batch_norms = len(norms) > len(self.norms)
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.batches)
         self.average = _make_average(model, recipe.ema) if recipe.ema else None
@@ -414,6 +415,8 @@ class _Training:
         if not mine:  # more processes than pictures in the last batch: take part, without a say
             images, labels = next(self.data.train.batches(1))
             views = [_like(images, self.model)] * len(views)
+        for norm in self.norms:
+            norm.counts = mine
         try:
             with _autocast(self.device, self.recipe.precision):
                 outcome = Outcome(*self.network(views[0], labels, *views[1:]))
@@ -427,7 +430,7 @@ class _Training:
         count = int(outcome.count) * mine
         parts = [outcome.loss.item() * count if mine else 0.0, outcome.score.item() * mine, count, save]
         parts = torch.tensor(parts, dtype=torch.float64)
-        total, score, answers, save = _add_up(parts, self.device).tolist()
+        total, score, answers, save = add_up(parts, self.device).tolist()
         self.save_now = save > 0
         step = self.epoch * self.batches + self.batch + 1
         _check_finite(total / answers, "loss", step, learning_rate)  # before the step, which would ruin the weights
@@ -488,48 +491,6 @@ def _like(images: Tensor, model: nn.Module) -> Tensor:
     if images.dim() == 4 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return images.contiguous(memory_format=torch.channels_last)
     return images
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number of processes) of this run: (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did, for the time of the context; the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-def _add_up(values: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes of a float64 vector on the CPU."""
-    if processes()[1] == 1:
-        return values
-    values = values.to(device)
-    dist.all_reduce(values)
-    return values.cpu()
-
-
-def _from_rank_0(make: Callable[[], Any]) -> Any:
-    """What ``make()`` gives in the first process, in every process."""
-    rank, world = processes()
-    values = [make() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 @contextlib.contextmanager

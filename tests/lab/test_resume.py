@@ -1,5 +1,6 @@
 """Runs that were killed end as if they had not been; two processes give what one gives."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import killed
 import pytest
+import shared_out
 import torch
 from rich.console import Console
 
 import convkit
-from convkit.lab import LabError, experiment, recipes, runs
+from convkit.lab import LabError, experiment, runs
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(convkit.__file__).parents[1])}
 
@@ -100,25 +102,28 @@ def test_other_data_and_a_second_process_are_refused(tmp_path, monkeypatch):
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    """193 pictures: batches of 32 in two halves, and a last one of a single picture, of which one process has none."""
-    changes = "epochs=2", "images=193", "optimizer=nesterov", "learning_rate=0.02", "clip_norm=0.5", "ema=0.9"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["-m", "convkit.cli", "train", "simplenet-digits5k", *changes, "augment=affine:0.1,0.1,10"]
-    command += ["--out", str(tmp_path / "two"), "--threads", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", shared_out.__file__, str(tmp_path / "two")]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("epoch  2/2") == 1
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["simplenet-digits5k-1"]
-    two = runs.Run.open(tmp_path / "two" / "simplenet-digits5k-1")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["shared-1"]  # the first process's
+    two, one = runs.Run.open(tmp_path / "two" / "shared-1"), shared_out.go(tmp_path / "one")
     assert two.result["status"] == "finished"
-
-    recipe = recipes.override(recipes.recipe("simplenet-digits5k"), [*changes, "augment=affine:0.1,0.1,10"])
-    torch.set_num_threads(1)
-    one = experiment.train_recipe(recipe, torch.device("cpu"), out=tmp_path / "one", console=Console(quiet=True))
-    for name in ("last.pt", "best.pt"):
+    assert json.loads((two.folder / "env.json").read_text())["processes"] == 2
+    for name in ("last.pt", "best.pt"):  # the averaged weights are in the second
         weights = [runs.load_checkpoint(run.folder / name)["model"] for run in (one, two)]
-        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(one.history, two.history, strict=True):
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-9)
+    with pytest.raises(LabError, match="had 2 processes and cannot go on exactly with 1"):
+        (two.folder / "result.json").unlink()
+        unfinished = runs.Run.open(two.folder)
+        shared_out.train.fit(
+            shared_out.nn.Linear(1, 1),
+            killed.data.load("digits5k").take(190, 60, 100),
+            shared_out.Double(),
+            shared_out.RECIPE,
+            resume=unfinished,
+            console=Console(quiet=True),
+        )
