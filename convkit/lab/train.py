@@ -147,7 +147,8 @@ def evaluate(
         if len(labels):
             with _autocast(device, precision):
                 outcome = objective.evaluate(model, _like(images, model), labels)
-            sums += torch.tensor([outcome.loss.item() * outcome.count, outcome.score.item(), outcome.count])
+            parts = [outcome.loss.item() * outcome.count, outcome.score.item(), outcome.count]
+            sums += torch.tensor(parts, dtype=torch.float64)
     model.train(was_training)
     loss, score, count = add_up(sums, device).tolist()
     return loss / count, score / count
