@@ -207,22 +207,26 @@ def _affine(shift: float, scale: float, degrees: float, reflect: str = "") -> St
 
     def apply(images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        right, up, zoom, turn = (2 * numbers[:, :4] - 1).unbind(1)
-        angle = turn * math.radians(degrees)
+        right, up, zoom, turn = (2 * numbers[:, :4, None, None] - 1).unbind(1)
         # Where each pixel of the result comes from. Coordinates are those of grid_sample: x to the right, y downwards,
         # -1 to 1 from edge to edge, so that a turn also stretches unless the picture is square.
-        factor = 1 / (1 + scale * zoom)
+        x = _centres(width, images).view(1, 1, width) - 2 * shift * right
+        y = _centres(height, images).view(1, height, 1) + 2 * shift * up
+        angle, factor = turn * math.radians(degrees), 1 / (1 + scale * zoom)
         cosine, sine = angle.cos() * factor, angle.sin() * factor
-        back = torch.stack([cosine, -sine * height / width, sine * width / height, cosine], 1).view(-1, 2, 2)
-        moved = torch.stack([2 * shift * right, -2 * shift * up], 1).unsqueeze(2)
-        source = torch.cat([back, -back @ moved], 2)
+        from_x = cosine * x - sine * (height / width) * y
+        from_y = sine * (width / height) * x + cosine * y
         if reflect:
-            mirror = torch.where(numbers[:, 4] < 0.5, -1.0, 1.0)
-            source = torch.cat([source[:, :1] * mirror.view(-1, 1, 1), source[:, 1:]], 1)
-        grid = F.affine_grid(source, list(images.shape), align_corners=False)
+            from_x = torch.where(numbers[:, 4, None, None] < 0.5, -from_x, from_x)
+        grid = torch.stack([from_x, from_y], 3)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     return Step(5 if reflect else 4, apply)
+
+
+def _centres(size: int, like: Tensor) -> Tensor:
+    """Of ``size`` pixels between -1 and 1."""
+    return (2 * torch.arange(size, dtype=like.dtype, device=like.device) + 1) / size - 1
 
 
 @_form("cutout:SIZE")

