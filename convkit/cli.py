@@ -42,26 +42,27 @@ def info() -> None:
     print(facts.text())
 
 
-def models() -> None:
-    """List the networks."""
-    import torch
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def models(
+    glob: Annotated[str, typer.Argument(help="Names to list, with * and ?: 'resnet*'.")] = "*",
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with everything that is known.")] = False,
+) -> None:
+    """List the networks: parameters, multiply-adds for one picture, source, claimed accuracy."""
+    from convkit.lab.models.describe import list_models
 
-    from convkit.lab.models import MODELS, count_parameters
+    list_models(glob, as_json=json)
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Name")
-    table.add_column("Parameters", justify="right")
-    table.add_column("Input")
-    table.add_column("Claimed, source", overflow="fold")
-    for name, entry in sorted(MODELS.items()):
-        with torch.device("meta"):  # counts without allocating
-            parameters = count_parameters(entry.builder(backend="torch"))
-        shape = "×".join(map(str, entry.input_shape))
-        table.add_row(name, f"{parameters:,}", shape, f"{entry.claimed}; {entry.source}")
-    Console().print(table)
+
+def describe(
+    name: Annotated[str, typer.Argument(help="A network of convkit models.")],
+    input: Annotated[
+        str | None, typer.Option(metavar="CxHxW", help="Picture, as 3x64x64. Default: what it was designed for.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show a network layer by layer: shape, parameters and how they come about, multiply-adds, im2col's blow-up."""
+    from convkit.lab.models.describe import describe_model
+
+    describe_model(name, input, as_json=json)
 
 
 def data(
@@ -283,7 +284,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, data, explain, info, models, train, sweep, eval_, compare, reproduce):
+    for function in (demo, bench, data, explain, info, models, describe, train, sweep, eval_, compare, reproduce):
         command.command(function.__name__.strip("_"))(function)
     return command
 

@@ -11,21 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_checks import run
 
 import convkit
-from convkit import cli
-from convkit.lab import demo, models, recipes
+from convkit.lab import demo, recipes
 
 # For commands that start elsewhere: the convkit of this process, installed or not.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(convkit.__file__).parents[1])}
-
-
-def run(capsys, *arguments):
-    """(exit status, stdout, stderr) of the command."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
 
 
 def test_demo_quick(capsys, tmp_path):
@@ -107,12 +99,6 @@ def test_a_run_that_fails_is_one_line_and_status_1(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(recipes, "RECIPES", hot)
     status, _, err = run(capsys, "demo", "--quick", "--epochs", "5", "--out", str(tmp_path))
     assert status == 1 and err.count("\n") == 1 and "learning rate 1e+30" in err
-
-
-def test_models_lists_the_registry(capsys):
-    status, out, _ = run(capsys, "models")
-    assert status == 0
-    assert all(name in out for name in models.MODELS) and "233,196" in out
 
 
 def test_info(capsys):

@@ -37,6 +37,7 @@ from convkit.lab.models.course import (
     simple_cnn,
     simple_cnn_bn,
 )
+from convkit.lab.models.describe import Layer, describe, layers, multiply_adds
 from convkit.lab.models.digits import (
     fc64,
     fc256_fc256,
@@ -95,6 +96,7 @@ __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "Entry",
+    "Layer",
     "MODELS",
     "NORMS",
     "Network",
@@ -122,6 +124,7 @@ __all__ = [
     "cifar_vgg16",
     "count_parameters",
     "densenet121",
+    "describe",
     "efficientnet_b0",
     "entry",
     "fc256_fc256",
@@ -129,12 +132,14 @@ __all__ = [
     "filter_bank",
     "googlenet",
     "inception_v4",
+    "layers",
     "lenet5",
     "logistic",
     "logistic_filters",
     "mlp5",
     "mobilenet_v1",
     "mobilenet_v2",
+    "multiply_adds",
     "resnet101",
     "resnet152",
     "resnet18",

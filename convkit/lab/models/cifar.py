@@ -24,7 +24,7 @@ class _Chain(Network):
     """Convolutions one after the other, then the mean over the pixels; keys trunk.conv1, trunk.bn1 …, output."""
 
     def __init__(self, channels: int, layers: Sequence[tuple[str, nn.Module]], width: int, num_classes: int) -> None:
-        super().__init__((channels, 32, 32))
+        super().__init__((channels, 32, 32), num_classes)
         self.normalize = Normalize((0.5,) * channels, (0.5,) * channels)  # to [-1, 1]
         self.trunk = nn.Sequential(OrderedDict(layers))
         self.output = nn.Linear(width, num_classes)

@@ -18,6 +18,7 @@ from convkit.lab.models.network import (
     conv_activation,
     initialize,
     norm2d,
+    probability,
     register,
 )
 
@@ -39,8 +40,9 @@ class _Classic(Network):
 
 class _AlexNet(_Classic):
     def __init__(self, num_classes: int, channels: int, hidden: int, dropout: float, backend: str) -> None:
-        super().__init__((channels, 224, 224))
+        super().__init__((channels, 224, 224), num_classes)
         at_least(1, hidden=hidden)
+        probability(dropout=dropout)
         layers = [
             *conv_activation(backend, "relu", channels, 64, 11, 4, 2),
             nn.MaxPool2d(3, 2),
@@ -116,8 +118,9 @@ class _VGG(_Classic):
         dropout: float,
         backend: str,
     ) -> None:
-        super().__init__((channels, 224, 224))
+        super().__init__((channels, 224, 224), num_classes)
         at_least(1, hidden=hidden)
+        probability(dropout=dropout)
         layers = _vgg_layers(widths, channels, norm, backend)
         self.features = _numbered(Normalize.of(channels, IMAGENET), layers)
         self.pool = nn.AdaptiveAvgPool2d(7)
@@ -226,7 +229,7 @@ class _CifarVGG(Network):
     head_name = "classifier"
 
     def __init__(self, num_classes: int, channels: int, norm: str, backend: str) -> None:
-        super().__init__((channels, 32, 32))
+        super().__init__((channels, 32, 32), num_classes)
         self.features = _numbered(Normalize.of(channels, CIFAR10), _vgg_layers(_VGG16, channels, norm, backend))
         self.classifier = nn.Linear(512, num_classes)
         initialize(self, "fan_in")
@@ -250,7 +253,7 @@ class _NIN(Network):
     """Keys trunk.block1.conv1, trunk.block1.bn1 …, output."""
 
     def __init__(self, num_classes: int, blocks: int, channels: int, norm: str) -> None:
-        super().__init__((channels, 32, 32))
+        super().__init__((channels, 32, 32), num_classes)
         at_least(3, blocks=blocks)
         self.normalize = Normalize.of(channels, CIFAR10)
         inputs, trunk = channels, OrderedDict()

@@ -14,6 +14,7 @@ from convkit.lab.models.network import (
     BACKENDS,
     Network,
     Normalize,
+    OptionError,
     accept,
     activation,
     at_least,
@@ -34,6 +35,8 @@ def filters(sigma: float = 1.0) -> Tensor:
     Sampled at the centres of 5×5 pixels. The gaussian sums to 1, the others to 0 with absolute values that sum to 2, so
     that all answers to pictures in [0, 1] are at most 1 in size. ``sigma`` in pixels.
     """
+    if not 0 < sigma < math.inf:
+        raise OptionError(f"sigma must be a positive number of pixels, got {sigma!r}")
     at = torch.arange(-2.0, 3.0, dtype=torch.float64)
     y, x = torch.meshgrid(at, at, indexing="ij")
     gaussian = torch.exp(-(x * x + y * y) / (2 * sigma**2))
@@ -67,7 +70,7 @@ class _Logistic(Network):
     """Keys bank.weight where there is one, output."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int, bank: nn.Conv2d | None) -> None:
-        super().__init__(input_shape)
+        super().__init__(input_shape, num_classes)
         channels, height, width = input_shape
         self.normalize = Normalize.of(channels)
         self.bank = bank
@@ -134,7 +137,7 @@ class _CourseCNN(Network):
         norm: str,
         act: str,
     ) -> None:
-        super().__init__(input_shape)
+        super().__init__(input_shape, num_classes)
         inputs, height, width = input_shape
         self.normalize = Normalize.of(inputs)
         trunk = nn.Sequential()

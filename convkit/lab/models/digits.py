@@ -28,7 +28,7 @@ class MLP(Network):
     def __init__(
         self, input_shape: tuple[int, int, int], hidden: Sequence[int], num_classes: int, act: str = "relu"
     ) -> None:
-        super().__init__(input_shape)
+        super().__init__(input_shape, num_classes)
         self.normalize = Normalize.of(input_shape[0])
         self.depth = len(hidden)
         inputs = math.prod(input_shape)
@@ -47,7 +47,7 @@ class MLP(Network):
 
 class _SimpLeNet(Network):
     def __init__(self, num_classes: int, channels: int, size: int, act: str, backend: str) -> None:
-        super().__init__((channels, size, size))
+        super().__init__((channels, size, size), num_classes)
         self.normalize = Normalize.of(channels)
         self.conv1, self.act1 = conv_activation(backend, act, channels, 20, 5)
         self.conv2, self.act2 = conv_activation(backend, act, 20, 50, 5)
@@ -66,7 +66,7 @@ class _SimpLeNet(Network):
 
 class _LeNet5(Network):
     def __init__(self, num_classes: int, channels: int, size: int, act: str, backend: str) -> None:
-        super().__init__((channels, size, size))
+        super().__init__((channels, size, size), num_classes)
         self.margin = (32 - size) // 2
         self.normalize = Normalize.of(channels)
         self.conv1, self.act1 = conv_activation(backend, act, channels, 6, 5)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convkit.lab.models.network import Network, Normalize, backed, initialize, register
+from convkit.lab.models.network import Network, Normalize, backed, initialize, probability, register
 
 
 class _Conv(nn.Module):
@@ -70,7 +70,8 @@ class _GoogLeNet(Network):
     head_name = "fc"
 
     def __init__(self, num_classes: int, aux_logits: bool, dropout: float) -> None:
-        super().__init__((3, 224, 224))
+        super().__init__((3, 224, 224), num_classes)
+        probability(dropout=dropout)
         # Its weights come from a network for pixels in [-1, 1]; torchvision turns ImageNet's form back into that.
         self.normalize = Normalize((0.5,) * 3, (0.5,) * 3)
         self.conv1 = _Conv(3, 64, 7, 2, 3)
@@ -238,7 +239,8 @@ class _InceptionV4(Network):
     head_name = "last_linear"
 
     def __init__(self, num_classes: int, dropout: float) -> None:
-        super().__init__((3, 299, 299))
+        super().__init__((3, 299, 299), num_classes)
+        probability(dropout=dropout)
         blocks: Sequence[nn.Module] = [
             _Conv(3, 32, 3, 2),
             _Conv(32, 32, 3),

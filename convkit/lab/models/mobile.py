@@ -17,6 +17,7 @@ from convkit.lab.models.network import (
     SqueezeExcitation,
     backed,
     initialize,
+    probability,
     register,
 )
 
@@ -56,7 +57,8 @@ class _Mobile(Network):
         imagenet: bool,
     ) -> None:
         side = 224 if imagenet else 32
-        super().__init__((channels, side, side))
+        super().__init__((channels, side, side), num_classes)
+        probability(dropout=dropout)
         numbered = ((str(i), block) for i, block in enumerate(blocks))
         normalize = Normalize.of(channels, IMAGENET if imagenet else CIFAR10)
         self.features = nn.Sequential(OrderedDict([("normalize", normalize), *numbered]))
@@ -193,7 +195,8 @@ class _StochasticDepth(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         keep = 1.0 - self.p
-        return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+        kept = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * kept.div_(keep or 1.0)
 
     def extra_repr(self) -> str:
         return f"p={self.p:.4g}"
@@ -237,6 +240,7 @@ _B0 = (
 
 def _efficientnet_b0(channels: int, num_classes: int, dropout: float, drop: float, imagenet: bool) -> Network:
     """``drop``: probability of stochastic depth after the last block; it grows from 0 block by block."""
+    probability(stochastic_depth=drop)
     inputs, total, done = 32, sum(number for *_, number in _B0), 0
     blocks: list[nn.Module] = [nn.Sequential(*_conv(channels, inputs, 3, 2 if imagenet else 1, activation=nn.SiLU))]
     for expansion, size, stride, width, number in _B0:

@@ -57,6 +57,13 @@ def at_least(minimum: int, **sizes: int) -> None:
             raise OptionError(f"{argument} must be a whole number of at least {minimum}, got {value!r}")
 
 
+def probability(**values: float) -> None:
+    """Raises OptionError unless every argument is a number from 0 to 1."""
+    for argument, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise OptionError(f"{argument} must be a number from 0 to 1, got {value!r}")
+
+
 # ---------------------------------------------------------------- the registry
 
 
@@ -157,9 +164,10 @@ class Network(nn.Module):
     head_name: str = "output"
     """Path of the last layer in the module."""
 
-    def __init__(self, input_shape: tuple[int, int, int]) -> None:
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
-        at_least(1, **dict(zip(("channels", "height", "width"), input_shape, strict=True)))
+        channels, height, width = input_shape
+        at_least(1, channels=channels, height=height, width=width, num_classes=num_classes)
         self.input_shape = input_shape
 
     @property

@@ -155,7 +155,7 @@ class _ResNet(Network):
         squeeze: int = 0,
     ) -> None:
         side = 224 if imagenet else 32
-        super().__init__((channels, side, side))
+        super().__init__((channels, side, side), num_classes)
         at_least(1, **{f"blocks[{i}]": depth for i, depth in enumerate(depths)})
         self.normalize = Normalize.of(channels, IMAGENET if imagenet else CIFAR10)
         self.imagenet = imagenet
@@ -447,7 +447,7 @@ class _DenseNet(Network):
         self, depths: Sequence[int], growth: int, num_classes: int, imagenet: bool, channels: int, norm: str
     ) -> None:
         side = 224 if imagenet else 32
-        super().__init__((channels, side, side))
+        super().__init__((channels, side, side), num_classes)
         bias = norm == "none"
         width = 2 * growth
         layers: list[tuple[str, nn.Module]] = [("normalize", Normalize.of(channels, IMAGENET if imagenet else CIFAR10))]
