@@ -103,7 +103,7 @@ def run_compare(
     if len(names) < 2:
         raise LabError(f"compare needs at least two runs, got {len(names)}")
     heads, *rows = evaluate.compare([runs.find(name, out) for name in names], Path(to))
-    print_table(console, heads, rows, right=range(2, len(heads)))
+    print_table(console, [head.replace(" ", "\n") for head in heads], rows, right=range(2, len(heads)))
     say(console, f"{Path(to) / 'comparison.png'}, comparison.csv, comparison.md")
     return [heads, *rows]
 

@@ -95,7 +95,7 @@ def comparison(
     metric: str,
     parameters: Sequence[int],
 ) -> bytes:
-    """A PNG of several runs: training loss and validation metric over the epochs, final errors, and speed.
+    """A PNG of several runs: validation loss and metric over the epochs, final errors, and speed.
 
     ``values``: of each run ``validation`` and ``test`` (error in percent, or the metric) and ``images_per_second``.
     """
@@ -103,14 +103,14 @@ def comparison(
     figure = _figure(12, 7.2 + 0.28 * max(count - 4, 0))
     figure.get_layout_engine().set(hspace=0.06, wspace=0.06)
     (loss, score), (error, speed) = figure.subplots(2, 2, height_ratios=[1, 0.35 + 0.1 * count])
-    for axes, key in ((loss, "train_loss"), (score, f"val_{metric}")):
+    for axes, key in ((loss, "val_loss"), (score, f"val_{metric}")):  # training losses are of different objectives
         scale = 100 if key == "val_accuracy" else 1
         for number, (name, history) in enumerate(zip(names, histories, strict=True)):
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
             marker = "o" if len(history) <= 3 else None
             epochs, line = [row["epoch"] for row in history], [scale * row[key] for row in history]
             axes.plot(epochs, line, label=name, linewidth=1.6, marker=marker, markersize=4, **style)
-    _dress(loss, "epoch", "training loss")
+    _dress(loss, "epoch", "validation loss")
     loss.set_ylim(bottom=0)
     _dress(score, "epoch", "validation accuracy (%)" if metric == "accuracy" else f"validation {metric}")
     loss.legend(loc="upper right", fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
