@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Se
     ``weights=False``: the network will be overwritten from a checkpoint and only evaluated, so that the runs that it
     was built on need not be there any more.
     """
-    everything = _load_data(recipe.data)
+    everything = _of_classes(_load_data(recipe.data), recipe)
     everything = everything.take(
         recipe.images or len(everything.train), recipe.validation_images or len(everything.val), len(everything.test)
     ).to(device)
@@ -120,6 +120,25 @@ def _load_data(name: str) -> data.Data:
     if world > 1 and not rank:
         dist.barrier()
     return found
+
+
+def _of_classes(everything: data.Data, recipe: Recipe) -> data.Data:
+    """The pictures of the recipe's classes alone, with their numbers in its order."""
+    if not recipe.classes:
+        return everything
+    if max(recipe.classes) >= len(everything.classes):
+        last = len(everything.classes) - 1
+        raise LabError(f"{recipe.name}: classes must be from 0 to {last} in {everything.name}, got {recipe.classes}")
+
+    def only(split: data.Split) -> data.Split:
+        wanted = torch.tensor(recipe.classes)
+        index = torch.isin(split.labels, wanted).nonzero().flatten()
+        chosen = split.select(index)
+        return dataclasses.replace(chosen, labels=(chosen.labels[:, None] == wanted).int().argmax(1))
+
+    names = tuple(everything.classes[number] for number in recipe.classes)
+    parts = {name: only(getattr(everything, name)) for name in ("train", "val", "test")}
+    return dataclasses.replace(everything, classes=names, **parts)
 
 
 def _build(recipe: Recipe, classes: int, shape: tuple[int, int, int]) -> models.Network:

@@ -51,7 +51,7 @@ class Frozen(Network):
         layer: str = "",
         batch_norm: str = "eval",
     ) -> None:
-        super().__init__(shape)
+        super().__init__(shape, classes)
         self.trunk, self.layer, self.batch_norm = trunk.requires_grad_(False), layer, batch_norm
         self.trunk.eval()
         width = self.features(torch.zeros(1, *shape, device=next(trunk.parameters()).device)).numel()

@@ -79,6 +79,8 @@ class Recipe:
     """Stop after so many epochs without a better validation metric; 0 for never."""
     dropout: float = 0.0
     """Part of the embedding that is set to zero before the last layer, in training."""
+    classes: tuple[int, ...] = ()
+    """Only the pictures of these classes, which are numbered anew; empty for all."""
     images: int = 0
     """Train on so many pictures, drawn in the proportion of the classes; 0 for all."""
     validation_images: int = 0
@@ -143,6 +145,8 @@ class Recipe:
             self._refuse("milestones", "positive numbers of epochs in ascending order")
         if self.schedule == "step" and not self.milestones:
             self._refuse("milestones", "given for schedule=step, such as milestones=20,30")
+        if len(set(self.classes)) < len(self.classes) or min(self.classes, default=0) < 0 or len(self.classes) == 1:
+            self._refuse("classes", "several different classes, numbered from 0")
         if self.sync_batch_norm and self.backend != "torch":  # convkit's are fused with what follows them
             self._refuse("sync_batch_norm", "false, or the backend torch")
         if not 0 <= self.seed < 2**43:  # data.epoch_order packs seed and epoch into 63 bits
@@ -263,6 +267,8 @@ _HE = "He et al., 2015, arXiv:1512.03385, section 4.2"
 _GIDARIS = "Gidaris et al., 2018, arXiv:1803.07728"
 _SMALL_ROTATION = f"{_GIDARIS}, on a small ResNet"
 
+_KERAS = "Keras, mnist_transfer_cnn: learn the digits 0 to 4, then 5 to 9 from few of them"
+
 _DIGITS = (
     Recipe("fc64-digits5k", "fc64", "digits5k", 20, 32, 1e-3, source=_DIGITS5K, claimed_error=6.9),
     Recipe("fc256-fc256-digits5k", "fc256_fc256", "digits5k", 15, 16, 1e-3, source=_DIGITS5K, claimed_error=5.1),
@@ -271,6 +277,19 @@ _DIGITS = (
     Recipe("fc256-fc256-mnist", "fc256_fc256", "mnist", 20, 128, 5e-4, source=_COURSE, claimed_error=1.83),
     Recipe("simplenet-mnist", "simplenet", "mnist", 6, 64, 1e-3, source=_COURSE_300, claimed_error=0.79),
     Recipe("lenet5-mnist", "lenet5", "mnist", 12, 64, 1e-3, source=_LECUN, claimed_error=0.95),
+    Recipe("low-digits", "simplenet", "digits5k", 8, 32, 1e-3, classes=(0, 1, 2, 3, 4), source=_KERAS),
+    Recipe(
+        "high-digits-finetune",
+        "simplenet",
+        "digits5k",
+        60,
+        10,
+        3e-4,
+        classes=(5, 6, 7, 8, 9),
+        images=50,
+        init="low-digits",
+        source=_KERAS,
+    ),
     Recipe(
         "lenet5-sigmoid-mnist",
         "lenet5",

@@ -268,6 +268,30 @@ def test_networks_that_do_not_fit(small, changes, message):
         experiment.prepare(recipe(*changes), CPU)
 
 
+def test_some_of_the_classes(small, digits5k):
+    setup = experiment.prepare(recipe("classes=7,3"), CPU)
+    assert setup.data.classes == ("7", "3") and setup.model.output.out_features == 2
+    everything = digits5k.take(200, 60, 100).train
+    for number, label in enumerate((7, 3)):
+        mine = setup.data.train.images[setup.data.train.labels == number]
+        assert len(mine) == 20 and torch.equal(mine, everything.images[everything.labels == label])
+    with pytest.raises(LabError, match="classes must be from 0 to 9 in digits5k"):
+        experiment.prepare(recipe("classes=7,10"), CPU)
+
+
+def test_dropout_is_on_the_embedding_in_training_alone(small):
+    model = experiment.prepare(recipe("dropout=0.5"), CPU).model
+    seen = []
+    model.head.register_forward_pre_hook(lambda head, x: seen.append(x[0]))
+    images = torch.rand(4, 1, 28, 28)
+    model.eval()(images)
+    torch.testing.assert_close(seen[0], model.embed(images))
+    model.train()(images)
+    kept = seen[1] != 0
+    torch.testing.assert_close(seen[1][kept], 2 * seen[0][kept])
+    assert 0.3 < kept.sum() / (seen[0] != 0).sum() < 0.7
+
+
 def test_devices():
     assert experiment.pick_device("cpu") == CPU
     with pytest.raises(LabError, match="--device must be cpu or cuda, got 'tpux'"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from convkit.lab import LabError, evaluate, models, objectives, plots, recipes, runs, train
+from convkit.lab import LabError, augment, data, evaluate, models, objectives, plots, recipes, runs, train
 
 RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=32, learning_rate=1e-3, backend="torch")
 CLASSIFY = objectives.Classify()
@@ -18,10 +18,10 @@ QUIET = Console(quiet=True)
 FILES = {"config.json", "env.json", "metrics.csv", "log.txt", "best.pt", "last.pt", "curves.png", "result.json"}
 
 
-def fit(data, out, recipe=RECIPE, objective=CLASSIFY, console=QUIET):
+def fit(pictures, out, recipe=RECIPE, objective=CLASSIFY, console=QUIET):
     torch.manual_seed(recipe.seed)
     model = models.build(recipe.model, backend=recipe.backend)
-    return model, train.fit(model, data, objective, recipe, out=out, console=console)
+    return model, train.fit(model, pictures, objective, recipe, out=out, console=console)
 
 
 def read_json(path):
@@ -252,8 +252,11 @@ def test_wrong_recipes(change, message):
 
 def test_recipes_name_what_exists():
     for recipe in recipes.RECIPES.values():
-        assert recipe.model in models.MODELS and recipe.data in ("digits5k", "mnist")
-        assert recipe.source and recipe.claimed_error
+        assert set(recipe.options) <= set(models.entry(recipe.model).options)
+        assert recipe.data in data.NAMES and recipe.source
+        augment.parse(recipe.augment)
+        for other in (recipe.init, recipe.teacher):
+            assert not other or other.endswith(".pth") or other in recipes.RECIPES
     with pytest.raises(LabError, match="did you mean simplenet-mnist"):
         recipes.recipe("simplenet-mnits")
     with pytest.raises(LabError, match="tiny: optimizer must be one of .*adam, .*, got 'adamm'; did you mean adam"):
@@ -518,6 +521,7 @@ def test_overrides(changes, fields):
         ("schedule=step", "milestones must be given for schedule=step"),
         ("milestones=3,2", "milestones must be positive numbers of epochs in ascending order"),
         ("ema=1", "ema must be from 0 to below 1"),
+        ("classes=1", "classes must be several different classes"),
     ],
 )
 def test_overrides_that_are_wrong(change, message):
