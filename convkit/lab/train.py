@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import time
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from convkit.lab import LabError, require
+from convkit.lab import LabError
 from convkit.lab.augment import parse as parse_augment
 from convkit.lab.data import Data, Split, epoch_order
 from convkit.lab.distributed import SyncBatchNorm, add_up, from_first, processes
@@ -176,8 +177,8 @@ def fit(
     The state of torch's random number generators is set from the recipe's seed. Raises NonFiniteLoss, or Interrupted on
     Ctrl-C; either way the folder is whole, and result.json says what happened.
     """
-    if tensorboard:
-        require("tensorboard")
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise LabError("--tensorboard: the tensorboard package is not installed: type  pip install tensorboard")
     rank, world = processes()
     augment = parse_augment(recipe.augment) if recipe.augment else None
     training = _Training(model, data, objective, recipe, augment)
@@ -207,6 +208,8 @@ def fit(
             display = stack.enter_context(Display(console, log, run, training.batches, done))
             if resume is not None:
                 log.write(f"resumed in epoch {training.epoch + 1}, after {training.batch} of its batches")
+                if run.history:  # killed between last.pt and metrics.csv, the latter is an epoch behind
+                    run.save_history()
             elif world > 1 and training.own_batch_norms:
                 log.line(f"{recipe.name}: batch norms take the statistics of each of the {world} processes' pictures")
         board = stack.enter_context(_tensorboard(run, training)) if tensorboard and rank == 0 else None
@@ -223,9 +226,8 @@ def fit(
             return error(message)
 
         try:
-            if not (
-                run.folder / "last.pt"
-            ).exists():  # so that there is a checkpoint from before, whatever happens in the first epoch
+            if not (run.folder / "last.pt").exists():
+                # So that there is a checkpoint from before, whatever happens in the first epoch.
                 save("last.pt", training.state(run.history))
             while training.epoch < recipe.epochs and not _stopped_early(run):
                 row = training.run_epoch(display, save_seconds, lambda: save("last.pt", training.state(run.history)))
