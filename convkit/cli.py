@@ -188,6 +188,94 @@ def explain(
     )
 
 
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; --list shows them.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="Other values of its fields: epochs=5 model.norm=group ..."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the recipes; with RECIPE, its fields.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that did not end.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so often, with seed, seed + 1, ...")] = 1,
+    out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files as well.")] = False,
+) -> None:
+    """Train a network by a recipe. Under torchrun, in several processes."""
+    from convkit.lab.commands import run_train
+
+    run_train(
+        recipe,
+        changes or (),
+        show=list_,
+        resume=resume,
+        seeds=seeds,
+        out=out,
+        device=device,
+        threads=threads,
+        tensorboard=tensorboard,
+    )
+
+
+def sweep(
+    name: Annotated[str, typer.Argument(help="A sweep (learning-rate, optimizer, ...), or a recipe.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="Of a recipe, one with several: 'batch_size=16|64|256'."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train each so often, with seed, seed + 1, ...")] = 1,
+    out: Annotated[str, typer.Option(help="Folder for the run folders.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Train a recipe with several values of one field; one plot and one table."""
+    from convkit.lab.commands import run_sweep
+
+    run_sweep(name, changes or (), seeds=seeds, out=out, device=device, threads=threads)
+
+
+def eval_(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or recipes: their newest run.")],
+    out: Annotated[str, typer.Option(help="Folder in which runs are looked for.")] = "runs",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Test runs: top-1 and top-5 error, confusion matrix, predictions."""
+    from convkit.lab.commands import run_eval
+
+    run_eval(runs, out=out, device=device, threads=threads)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run folders, or recipes.")],
+    out: Annotated[str, typer.Option(help="Folder in which runs are looked for.")] = "runs",
+    to: Annotated[str, typer.Option(help="Folder for comparison.png, .csv and .md.")] = "comparison",
+) -> None:
+    """Put runs side by side: curves, parameters, errors, speed."""
+    from convkit.lab.commands import run_compare
+
+    run_compare(runs, out=out, to=to)
+
+
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims; --list shows them.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="All of them (hours), or the quick ones.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the claims.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of each claim's own number.")] = None,
+    out: Annotated[str, typer.Option(help="Folder for the runs and for reproduce.md, .json.")] = "runs/reproduce",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+) -> None:
+    """Try what is claimed: claimed, got, verdict. Stopped, the same command goes on where it was."""
+    from convkit.lab.reproduce import list_claims, run_reproduce
+
+    if list_:
+        list_claims()
+    else:
+        run_reproduce(names or (), full=full, seeds=seeds, out=out, device=device, threads=threads)
+
+
 def app() -> typer.Typer:
     """The command with its sub-commands."""
     command = typer.Typer(
@@ -196,8 +284,8 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for function in (demo, bench, data, explain, info, models, describe):
-        command.command()(function)
+    for function in (demo, bench, data, explain, info, models, describe, train, sweep, eval_, compare, reproduce):
+        command.command(function.__name__.strip("_"))(function)
     return command
 
 

@@ -6,9 +6,17 @@
 ``folder``     folders of JPEG and PNG files, streamed
 ``augment``    batches of pictures changed at random, on the device
 ``recipes``    frozen dataclasses with every hyper-parameter of a training run, its source and the number to expect
-``train``      the training loop and the run folder it writes
+``objectives`` what a network is trained to do with a batch, and how its answers are scored
+``train``      the training loop
+``runs``       the run folder that it writes and goes on from
+``distributed`` several processes on one run
+``probe``      weights from elsewhere, frozen trunks and new heads
+``experiment`` from a recipe to a run
+``evaluate``   what finished runs reach on the test pictures, and beside each other
+``sweeps``     one recipe with several values of one field
+``reproduce``  what is claimed, tried again, with a verdict
 ``plots``      the pictures
-``demo``       what ``convkit demo`` does; ``data_command``, what ``convkit data`` does
+``demo``       what ``convkit demo`` does; ``data_command``, ``convkit data``; ``commands``, the commands on runs
 
 It needs the packages of the ``lab`` extra; the kernels in :mod:`convkit` never import it.
 """

@@ -122,7 +122,7 @@ class Split:
             places.append(slice(first + length * rank // processes, first + length * (rank + 1) // processes))
         parts = places if order is None else [order[place] for place in places]
         for place, part, images in zip(places, parts, self._read(parts), strict=True):
-            if augment is None:
+            if augment is None or not len(images):  # of a process that has no part in the last batch
                 images = _centre(images, *self.shape[1:]).float() / 255
             else:
                 images = _centre(augment.apply(images.float() / 255, numbers[place]), *self.shape[1:])

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from convkit.lab import LabError, data, models, recipes, require, train
+from convkit.lab import LabError, data, evaluate, models, recipes, require, train
+from convkit.lab.commands import say
+from convkit.lab.objectives import Classify
 from convkit.lab.recipes import Recipe
+from convkit.lab.runs import Run, environment
 
 __all__ = ["DEMO_MODELS", "run_demo", "step_times"]
 
@@ -33,7 +36,7 @@ def run_demo(
     seed: int = 0,
     threads: int | None = None,
     console: Any = None,
-) -> list[train.Run]:
+) -> list[Run]:
     """Trains and tests the three networks, times a training step of each, and prints a table.
 
     ``quick``: one epoch on a few hundred pictures, to see that everything works. ``choice``: digits5k or
@@ -50,12 +53,12 @@ def run_demo(
     if choice not in (None, *DEMO_DATA):
         raise LabError(f"data {choice!r}: the demo has recipes for {' and '.join(DEMO_DATA)}")
     digits = data.load(choice)
-    _say(console, digits.summary())
+    say(console, digits.summary())
     if quick:
         digits = digits.take(**QUICK_IMAGES)
-        _say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
-    env = train.environment("convkit", torch.device("cpu"))
-    _say(
+        say(console, f"Quick: {len(digits.train)}, {len(digits.val)} and {len(digits.test)} of them.")
+    env = environment("convkit", torch.device("cpu"))
+    say(
         console,
         f"Machine: {env['device']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}, torch {env['torch']}, "
         f"convkit {env['convkit']} with its {env['kernels']} kernels.",
@@ -66,11 +69,11 @@ def run_demo(
         recipe = _recipe(name, digits.name, seed, 1 if quick and epochs is None else epochs)
         torch.manual_seed(recipe.seed)
         model = models.build(name, backend=recipe.backend)
-        run = train.fit(model, digits, train.classify, recipe, out=out, console=console)
-        train.evaluate_test(run, model, digits, train.classify)
+        run = train.fit(model, digits, Classify(), recipe, out=out, console=console)
+        evaluate.test(run, model, digits, Classify())
         runs.append(run)
 
-    _say(console, "Timing a training step of each network …")
+    say(console, "Timing a training step of each network …")
     for run in runs:
         _record_speed(run, digits, pairs=5 if quick else 60)
     expected = not quick and epochs is None
@@ -82,10 +85,6 @@ def _check(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise LabError(f"{name} must be at least 1, got {value}")
-
-
-def _say(console: Any, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _recipe(model: str, data_set: str, seed: int, epochs: int | None) -> Recipe:
@@ -114,7 +113,7 @@ def step_times(
         for network, optimizer, mine in zip(networks, optimizers, times, strict=True):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            train.classify(network, images, labels).loss.backward()
+            Classify()(network, images, labels).loss.backward()
             optimizer.step()
             if number >= warm_up:
                 mine.append(time.perf_counter() - started)
@@ -128,7 +127,7 @@ def _full_batches(split: data.Split, size: int) -> Iterator[tuple[torch.Tensor, 
         yield from split.batches(size, order[: len(split) // size * size])
 
 
-def _record_speed(run: train.Run, digits: data.Data, pairs: int) -> None:
+def _record_speed(run: Run, digits: data.Data, pairs: int) -> None:
     """Adds ``training_step`` to the run's result.json: median and quartiles in milliseconds, images/s by the median."""
     recipe = run.recipe
     networks = {}
@@ -172,7 +171,7 @@ def results_table(results: Sequence[dict[str, Any]], *, expected: bool = True) -
     return table
 
 
-def _print_results(console: Any, runs: list[train.Run], threads: int, expected: bool) -> None:
+def _print_results(console: Any, runs: list[Run], threads: int, expected: bool) -> None:
     from rich import box
     from rich.table import Table
 
@@ -203,6 +202,6 @@ def _print_results(console: Any, runs: list[train.Run], threads: int, expected: 
         )
     for note in notes:
         console.print(note, markup=False, highlight=False, style="dim")
-    _say(console, "Files of each run (checkpoints, metrics.csv, curves.png, result.json):")
+    say(console, "Files of each run (checkpoints, metrics.csv, curves.png, result.json):")
     for run in runs:
-        _say(console, f"  {run.folder}")
+        say(console, f"  {run.folder}")

@@ -1,65 +1,55 @@
-"""The training loop, and the run folder that it writes.
+"""The training loop.
 
 ``fit(model, data, objective, recipe)`` trains on ``data.train``, keeps the weights that do best on ``data.val``, and
-never looks at ``data.test``; :func:`evaluate_test` does, once, with the best weights.
+never looks at ``data.test``: that is for :mod:`convkit.lab.evaluate`.
 
-A run folder ``runs/<recipe>-<n>/`` holds
+What a run comes to is decided by the recipe alone: the order of the pictures and their augmentation follow from the
+seed and the epoch, everything else that is drawn (dropout) from a state that is in every checkpoint. So a run that was
+killed at any moment goes on from last.pt and ends bitwise as if it had not been.
 
-config.json   the recipe, the network and the data
-env.json      versions, device, git revision, backend, threads
-metrics.csv   one row an epoch
-log.txt       the lines that were printed
-last.pt       the state after the last whole epoch: weights, optimizer, epoch, random states, history
-best.pt       the same of the epoch with the best validation accuracy (of equals, the one with the lower loss)
-curves.png    loss and accuracy over the epochs
-result.json   how the run ended: status, best epoch, validation and test error, seconds
-
-Files are replaced atomically: whoever reads one, or comes after a crash, finds a whole one.
+With several processes (torchrun) each takes its part of every batch, and DistributedDataParallel adds up the gradients:
+the result is that of one process with the same batches, to rounding. The exceptions are what is not a sum over the
+pictures: batch norm's statistics, each process's own unless the recipe says ``sync_batch_norm``, and dropout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
-import json
+import importlib.util
 import math
 import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
 
-import convkit
-from convkit.info import cpu_name, git_revision
-from convkit.lab import LabError, plots
+from convkit.lab import LabError
+from convkit.lab.augment import parse as parse_augment
 from convkit.lab.data import Data, Split, epoch_order
+from convkit.lab.distributed import SyncBatchNorm, add_up, from_first, processes
 from convkit.lab.models import count_parameters
+from convkit.lab.objectives import Objective, Outcome
 from convkit.lab.recipes import Recipe
+from convkit.lab.runs import Display, Log, Run, environment, load_checkpoint, save_checkpoint
 
 __all__ = [
     "Interrupted",
     "NonFiniteLoss",
-    "Outcome",
-    "Run",
-    "classify",
-    "environment",
     "evaluate",
-    "evaluate_test",
     "fit",
-    "load_checkpoint",
     "make_optimizer",
-    "save_checkpoint",
-    "write_atomically",
+    "make_schedule",
 ]
 
-CHECKPOINT_FORMAT = 1
+SAVE_SECONDS = 60.0
+"""How often last.pt is written within an epoch; at the end of an epoch it always is."""
 
 
 class NonFiniteLoss(LabError):
@@ -69,78 +59,100 @@ class NonFiniteLoss(LabError):
 
 
 class Interrupted(LabError):
-    """Ctrl-C; the run folder holds everything up to the last whole epoch."""
+    """Ctrl-C; the run folder holds everything up to the last step."""
 
     exit_code = 130
 
 
-class Outcome(NamedTuple):
-    """What an objective makes of one batch."""
-
-    loss: Tensor
-    """Mean over the batch, scalar."""
-    correct: Tensor
-    """Number of right answers, integer scalar."""
-    count: int
-    """Number of answers."""
-
-
-Objective = Callable[[nn.Module, Tensor, Tensor], Outcome]
-"""objective(model, pictures in [0, 1] (N, C, H, W), labels (N,)) -> Outcome, in training and evaluation alike."""
-
-
-def classify(model: nn.Module, images: Tensor, labels: Tensor) -> Outcome:
-    """Cross entropy of the logits with the labels."""
-    logits = model(images)
-    return Outcome(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum(), len(labels))
-
-
-@dataclasses.dataclass
-class Run:
-    """A training run and its folder."""
-
-    folder: Path
-    recipe: Recipe
-    parameters: int
-    history: list[dict[str, float]]
-    """One row an epoch, the columns of metrics.csv."""
-    result: dict[str, Any]
-    """The contents of result.json."""
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in whole epochs, validation included."""
-        return sum(row["seconds"] for row in self.history)
-
-    def save_result(self, **more: Any) -> None:
-        """Adds to the result and writes result.json."""
-        self.result |= more
-        _write_json(self.folder / "result.json", self.result)
-
-
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters of the model."""
-    makers = {"adam": torch.optim.Adam}
-    if recipe.optimizer not in makers:
-        raise LabError(f"{recipe.name}: optimizer must be one of {', '.join(makers)}, got {recipe.optimizer!r}")
-    maker = makers[recipe.optimizer]
+    """The recipe's optimizer over the parameters of the model that are to be trained."""
+    decay = recipe.weight_decay
+    betas = (recipe.momentum, 0.999)
     # fused: one kernel for all parameters instead of some ten a parameter, which small networks feel
-    return maker(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    makers = {
+        "sgd": lambda p, lr: torch.optim.SGD(p, lr, weight_decay=decay, fused=True),
+        "momentum": lambda p, lr: torch.optim.SGD(p, lr, recipe.momentum, weight_decay=decay, fused=True),
+        "nesterov": lambda p, lr: torch.optim.SGD(
+            p, lr, recipe.momentum, weight_decay=decay, nesterov=True, fused=True
+        ),
+        "adagrad": lambda p, lr: torch.optim.Adagrad(p, lr, weight_decay=decay, fused=True),
+        "adadelta": lambda p, lr: torch.optim.Adadelta(p, lr, weight_decay=decay),
+        "adam": lambda p, lr: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=True),
+        "adamw": lambda p, lr: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=True),
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise LabError(f"{recipe.name}: nothing to train: no parameter of the network requires a gradient")
+    return makers[recipe.optimizer](parameters, recipe.learning_rate)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, batches: int) -> lr_scheduler.LRScheduler:
+    """The recipe's schedule, to be stepped after each of the ``batches`` steps of an epoch; plateau once an epoch, with
+    the validation metric."""
+    steps = recipe.epochs * batches
+    makers = {
+        "constant": lambda: lr_scheduler.LambdaLR(optimizer, lambda t: 1.0),
+        "step": lambda: lr_scheduler.MultiStepLR(
+            optimizer, [round(epochs * batches) for epochs in recipe.milestones], recipe.gamma
+        ),
+        "inverse_time": lambda: lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + recipe.decay * t)),
+        "plateau": lambda: lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", factor=recipe.gamma, patience=recipe.plateau_patience
+        ),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        "one_cycle": lambda: lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, steps, pct_start=recipe.warm_up, cycle_momentum=False
+        ),
+    }
+    return makers[recipe.schedule]()
+
+
+def _make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of parameters and buffers, with a shorter memory in the first steps.
+
+    Without that, a short run would end with an average of which the first weights are a good part.
+    """
+
+    @torch.no_grad()
+    def average(averages: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        keep = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, 1 - keep)
+        else:  # a count of batches
+            torch._foreach_copy_(averages, current)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, objective: Objective, batch_size: int = 500) -> tuple[float, float]:
-    """(mean loss, accuracy in 0…1) of the model in evaluation mode; the model's mode is restored."""
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    objective: Objective,
+    batch_size: int | None = None,
+    *,
+    precision: str = "f32",
+    shard: tuple[int, int] = (0, 1),
+) -> tuple[float, float]:
+    """(mean loss, mean score) of the model in evaluation mode; the model's mode is restored.
+
+    ``shard``: (rank, processes), if the pictures are shared out; every process gets the same result.
+    """
     was_training = model.training
     model.eval()
-    loss = correct = count = 0.0
-    for images, labels in split.batches(batch_size):
-        outcome = objective(model, images, labels)
-        loss += outcome.loss.item() * outcome.count
-        correct += outcome.correct.item()
-        count += outcome.count
+    device = _device(model)
+    sums = torch.zeros(3, dtype=torch.float64)
+    if batch_size is None:  # as many numbers as 500 pictures of 3x32x32, so that large pictures need no more memory
+        batch_size = max(1, min(500, 500 * 3 * 1024 // math.prod(split.shape)))
+    for images, labels in split.batches(batch_size, shard=shard):
+        if len(labels):
+            with _autocast(device, precision):
+                outcome = objective.evaluate(model, _like(images, model), labels)
+            parts = [outcome.loss.item() * outcome.count, outcome.score.item(), outcome.count]
+            sums += torch.tensor(parts, dtype=torch.float64)
     model.train(was_training)
-    return loss / count, correct / count
+    loss, score, count = add_up(sums, device).tolist()
+    return loss / count, score / count
 
 
 def fit(
@@ -150,105 +162,314 @@ def fit(
     recipe: Recipe,
     *,
     out: str | os.PathLike[str] = "runs",
+    resume: Run | None = None,
     console: Any = None,
+    tensorboard: bool = False,
+    save_seconds: float = SAVE_SECONDS,
 ) -> Run:
     """Trains ``model`` in place by ``recipe`` and writes a run folder under ``out``.
 
-    ``model`` and ``data`` are on the same device. ``console`` is a rich Console (a new one if absent): in a terminal it
-    shows a live progress bar, elsewhere one line an epoch.
+    ``model`` and ``data`` are on the same device. ``resume``: a run that did not end, to go on with in its folder.
+    ``console`` is a rich Console (a new one if absent): in a terminal it shows a live progress bar, elsewhere one line
+    an epoch. ``tensorboard``: writes an event file into the folder as well. ``save_seconds``: how often last.pt is
+    written within an epoch.
 
-    Raises NonFiniteLoss, or Interrupted on Ctrl-C; either way the folder is complete up to the last whole epoch, and
-    result.json says what happened.
+    The state of torch's random number generators is set from the recipe's seed. Raises NonFiniteLoss, or Interrupted on
+    Ctrl-C; either way the folder is whole, and result.json says what happened.
     """
-    if console is None:
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise LabError("--tensorboard: the tensorboard package is not installed: type  pip install tensorboard")
+    rank, world = processes()
+    augment = parse_augment(recipe.augment) if recipe.augment else None
+    training = _Training(model, data, objective, recipe, augment)
+    if resume is None:
+        network = {"name": recipe.model, "class": type(model).__name__, "parameters": count_parameters(model)}
+        env = environment(recipe.backend, training.device, world)
+        facts = {**data.describe(), "fingerprint": data.fingerprint()}
+        run = from_first(lambda: Run.create(Path(out), recipe, network, facts, env, objective.metric))
+    else:
+        run = resume
+        if run.result.get("status") == "finished":
+            raise LabError(f"{run.folder}: that run is finished: nothing to go on with")
+        if (run.folder / "last.pt").exists():  # else it was killed before the first checkpoint: from the start
+            training.load(load_checkpoint(run.folder / "last.pt"), run)
+    if console is None or rank:
         from rich.console import Console
 
-        console = Console()
-    optimizer = make_optimizer(model, recipe)
-    run = Run(_new_folder(Path(out), recipe.name), recipe, count_parameters(model), [], {})
-    network = {"name": recipe.model, "class": type(model).__name__, "parameters": run.parameters}
-    config = {"recipe": dataclasses.asdict(recipe), "network": network, "data": data.describe()}
-    _write_json(run.folder / "config.json", config)
-    _write_json(run.folder / "env.json", environment(recipe.backend, next(model.parameters()).device))
+        console = Console(quiet=bool(rank))
 
-    with _Log(run.folder / "log.txt", console) as log, _Display(console, log, recipe, len(data.train)) as display:
-        # So that there is a checkpoint from before, whatever happens in the first epoch.
-        save_checkpoint(run.folder / "last.pt", _state(model, optimizer, recipe, []))
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(Log(run.folder / "log.txt", console) if rank == 0 else contextlib.nullcontext())
+        display = _Silent()
+        if rank == 0:
+            for left in run.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            done = training.epoch * training.batches + training.batch
+            display = stack.enter_context(Display(console, log, run, training.batches, done))
+            if resume is not None:
+                log.write(f"resumed in epoch {training.epoch + 1}, after {training.batch} of its batches")
+                if run.history:  # killed between last.pt and metrics.csv, the latter is an epoch behind
+                    run.save_history()
+            elif world > 1 and training.own_batch_norms:
+                log.line(f"{recipe.name}: batch norms take the statistics of each of the {world} processes' pictures")
+        board = stack.enter_context(_tensorboard(run, training)) if tensorboard and rank == 0 else None
+
+        def save(name: str, state: dict[str, Any]) -> None:
+            if rank == 0:
+                save_checkpoint(run.folder / name, state)
+
+        def stop(status: str, message: str, error: type[LabError]) -> LabError:
+            display.stop()
+            if rank == 0:
+                log.write(message)
+                run.finish(status, message=message)
+            return error(message)
+
         try:
-            for epoch in range(1, recipe.epochs + 1):
-                row = _train_epoch(model, data, objective, recipe, optimizer, epoch, display)
+            if not (run.folder / "last.pt").exists():
+                # So that there is a checkpoint from before, whatever happens in the first epoch.
+                save("last.pt", training.state(run.history))
+            while training.epoch < recipe.epochs and not _stopped_early(run):
+                row = training.run_epoch(display, save_seconds, lambda: save("last.pt", training.state(run.history)))
                 history = [*run.history, row]
-                state = _state(model, optimizer, recipe, history)
-                if _best(history) is row:
-                    save_checkpoint(run.folder / "best.pt", state)
-                save_checkpoint(run.folder / "last.pt", state)
+                ahead = dataclasses.replace(run, history=history)
+                if ahead.best() is row:
+                    save("best.pt", {"recipe": dataclasses.asdict(recipe), **training.best_state()})
+                save("last.pt", training.state(history))
                 run.history = history  # an epoch counts once last.pt has it, even if Ctrl-C comes in between
-                _write_metrics(run)
-                display.epoch(row)
+                if rank == 0:
+                    run.save_history()
+                    display.epoch(row)
+                if board is not None:
+                    for name, value in row.items():
+                        board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
         except KeyboardInterrupt:
-            display.stop()
             message = (
-                f"interrupted in epoch {len(run.history) + 1} of {recipe.epochs}; the {len(run.history)} whole epochs "
-                f"before it are in {run.folder}"
+                f"interrupted in epoch {len(run.history) + 1} of {recipe.epochs}; {run.folder} holds the "
+                f"{len(run.history)} whole epochs before it; go on with  convkit train --resume {run.folder}"
             )
-            log.write(message)
-            _finish(run, "interrupted", message=message)
-            raise Interrupted(message) from None
+            raise stop("interrupted", message, Interrupted) from None
         except NonFiniteLoss as error:
-            display.stop()
             message = f"{error}; {run.folder / 'last.pt'} holds the state after epoch {len(run.history)}, before that"
-            log.write(message)
-            _finish(run, "non-finite loss", message=message)
-            raise NonFiniteLoss(message) from None
-    _finish(run, "finished")
+            raise stop("non-finite loss", message, NonFiniteLoss) from None
+    if rank == 0:
+        early = {"stopped_early": True} if len(run.history) < recipe.epochs else {}
+        run.finish("finished", **early)
+    if world > 1:
+        dist.barrier()
     return run
 
 
-def _train_epoch(
-    model: nn.Module,
-    data: Data,
-    objective: Objective,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    display: _Display,
-) -> dict[str, float]:
-    """One pass over ``data.train`` and one over ``data.val``: a row of metrics.csv.
+def _stopped_early(run: Run) -> bool:
+    """Whether the validation metric has not risen for the recipe's ``patience`` epochs."""
+    if not run.recipe.patience or not run.history:
+        return False
+    values = [row[f"val_{run.metric}"] for row in run.history]
+    return len(values) - 1 - values.index(max(values)) >= run.recipe.patience
 
-    Loss and accuracy of training are means over the epoch, taken while the weights move.
-    """
-    size = recipe.batch_size
-    step = (epoch - 1) * math.ceil(len(data.train) / size)  # number of steps done
-    learning_rate = optimizer.param_groups[0]["lr"]
-    loss = correct = count = 0.0
-    started = time.perf_counter()
-    model.train()
-    for images, labels in data.train.batches(size, epoch_order(len(data.train), recipe.seed, epoch)):
-        step += 1
-        optimizer.zero_grad(set_to_none=True)
-        outcome = objective(model, images, labels)
-        value = outcome.loss.item()
-        _check_finite(value, "loss", step, learning_rate)  # before the step, which would ruin the weights
-        outcome.loss.backward()
-        optimizer.step()
-        loss += value * outcome.count
-        correct += outcome.correct.item()
-        count += outcome.count
-        display.step(len(labels), value)
-    trained = time.perf_counter()
-    val_loss, val_accuracy = evaluate(model, data.val, objective)
-    _check_finite(val_loss, "validation loss", step, learning_rate)
-    return {
-        "epoch": epoch,
-        "step": step,
-        "learning_rate": learning_rate,
-        "train_loss": loss / count,
-        "train_accuracy": correct / count,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-        "seconds": time.perf_counter() - started,
-        "images_per_second": len(data.train) / (trained - started),
-    }
+
+class _Training:
+    """The loop's moving parts, and their state."""
+
+    def __init__(self, model: nn.Module, data: Data, objective: Objective, recipe: Recipe, augment: Any) -> None:
+        self.model, self.data, self.objective, self.recipe, self.augment = model, data, objective, recipe, augment
+        self.rank, self.world = processes()
+        self.device = _device(model)
+        self.batches = math.ceil(len(data.train) / recipe.batch_size)
+        torch.manual_seed(recipe.seed + (self.rank << 44))  # processes draw different dropout
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.norms = SyncBatchNorm.convert(model) if recipe.sync_batch_norm and self.world > 1 else []
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.own_batch_norms = len(norms) > len(self.norms)
+        self.optimizer = make_optimizer(model, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, self.batches)
+        self.average = _make_average(model, recipe.ema) if recipe.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "f16")
+        self.network: nn.Module = _Loss(model, objective)
+        if self.world > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.network)
+        self.epoch = 0  # whole epochs done
+        self.batch = 0  # batches done of the next
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of them: loss, score, answers
+        self.seconds = 0.0  # of them
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def state(self, history: list[dict[str, float]]) -> dict[str, Any]:
+        """Everything that going on from here needs. Collective: all processes call it."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        everybodys = [generators]
+        if self.world > 1:
+            everybodys = [None] * self.world
+            dist.all_gather_object(everybodys, generators)
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "epoch": len(history),
+            "history": history,
+            "batch": self.batch,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "scaler": self.scaler.state_dict(),
+            "rng": everybodys,
+        }
+
+    def load(self, state: dict[str, Any], run: Run) -> None:
+        """Puts everything back to where ``state`` was taken."""
+        if self.data.fingerprint() != run.data.get("fingerprint"):
+            raise LabError(f"{run.folder}: the data are not those that the run started with; see its config.json")
+        if len(state["rng"]) != self.world:
+            raise LabError(
+                f"{run.folder}: the run had {len(state['rng'])} processes and cannot go on exactly with {self.world}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.sums, self.seconds = state["sums"], state["seconds"]
+        run.history = state["history"]
+        torch.set_rng_state(state["rng"][self.rank]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"][self.rank]["cuda"], self.device)
+
+    def best_state(self) -> dict[str, Any]:
+        """The weights that were validated: the averaged ones, if there are."""
+        return {"epoch": self.epoch, "model": self.validated.state_dict()}
+
+    @property
+    def validated(self) -> nn.Module:
+        return self.average.module if self.average else self.model
+
+    # -------------------------------------------------------------------------------------------------------- loop
+
+    def run_epoch(self, display: Any, save_seconds: float, save: Any) -> dict[str, float]:
+        """What is left of one pass over ``data.train``, and one over ``data.val``: a row of metrics.csv.
+
+        Loss and score of training are means over the epoch, taken while the weights move.
+        """
+        number = self.epoch + 1
+        before = self.seconds
+        started = saved = time.perf_counter()
+        self.model.train()
+        for views, labels in self._batches(number):
+            learning_rate = self.optimizer.param_groups[0]["lr"]
+            loss = self._step(views, labels, learning_rate, time.perf_counter() - saved > save_seconds)
+            display.step(loss)
+            if self.save_now:
+                self.seconds = before + time.perf_counter() - started
+                save()
+                saved = time.perf_counter()
+        trained = before + time.perf_counter() - started
+        if self.world > 1:  # each has its own running statistics by now; the first one's count, as in every step
+            for buffer in self.validated.buffers():
+                dist.broadcast(buffer, 0)
+        val_loss, val_score = evaluate(
+            self.validated,
+            self.data.val,
+            self.objective,
+            precision=self.recipe.precision,
+            shard=(self.rank, self.world),
+        )
+        step = number * self.batches
+        _check_finite(val_loss, "validation loss", step, learning_rate)
+        if isinstance(self.schedule, lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(val_score)
+        loss, score, count = self.sums.tolist()
+        metric = self.objective.metric
+        row = {
+            "epoch": number,
+            "step": step,
+            "learning_rate": learning_rate,
+            "train_loss": loss / count,
+            f"train_{metric}": score / count,
+            "val_loss": val_loss,
+            f"val_{metric}": val_score,
+            "seconds": before + time.perf_counter() - started,
+            "images_per_second": len(self.data.train) / trained,
+        }
+        self.epoch, self.batch, self.sums, self.seconds = number, 0, torch.zeros_like(self.sums), 0.0
+        return row
+
+    def _batches(self, number: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """This process's part of the batches of epoch ``number`` that are left: (views of the pictures, labels)."""
+        recipe, train = self.recipe, self.data.train
+        order = epoch_order(len(train), recipe.seed, number)
+        common = {"augment": self.augment, "start": self.batch, "shard": (self.rank, self.world)}
+        views = [
+            train.batches(recipe.batch_size, order, seed=(recipe.seed, number, view), **common)
+            for view in range(self.objective.views)
+        ]
+        for parts in zip(*views, strict=True):
+            yield [_like(images, self.model) for images, _ in parts], parts[0][1]
+
+    def _step(self, views: list[Tensor], labels: Tensor, learning_rate: float, save: bool) -> float:
+        """One step of the optimizer; the mean loss of the whole batch. Sets ``save_now`` alike in all processes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        mine = len(labels) > 0
+        if not mine:  # more processes than pictures in the last batch: take part, without a say
+            images, labels = next(self.data.train.batches(1))
+            views = [_like(images, self.model)] * len(views)
+        for norm in self.norms:
+            norm.counts = mine
+        try:
+            with _autocast(self.device, self.recipe.precision):
+                outcome = Outcome(*self.network(views[0], labels, *views[1:]))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise LabError(
+                f"{self.recipe.name}: batch norm cannot work on the last batch, of one picture: choose another "
+                f"batch_size than {self.recipe.batch_size}"
+            ) from None
+        count = int(outcome.count) * mine
+        parts = [outcome.loss.item() * count if mine else 0.0, outcome.score.item() * mine, count, save]
+        parts = torch.tensor(parts, dtype=torch.float64)
+        total, score, answers, save = add_up(parts, self.device).tolist()
+        self.save_now = save > 0
+        step = self.epoch * self.batches + self.batch + 1
+        _check_finite(total / answers, "loss", step, learning_rate)  # before the step, which would ruin the weights
+        # DistributedDataParallel takes the mean over the processes, whose parts can differ by a picture.
+        self.scaler.scale(outcome.loss * (self.world * count / answers)).backward()
+        if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if not isinstance(self.schedule, lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.sums += torch.tensor([total, score, answers], dtype=torch.float64)
+        self.batch += 1
+        return total / answers
+
+
+class _Loss(nn.Module):
+    """Network and objective as one module: DistributedDataParallel watches what goes through its forward alone."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, labels: Tensor, *more_views: Tensor) -> tuple[Tensor, Tensor, int]:
+        return tuple(self.objective(self.model, images, labels, *more_views))
+
+
+class _Silent:
+    """The display of the processes that are not the first."""
+
+    def step(self, loss: float) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 def _check_finite(value: float, what: str, step: int, learning_rate: float) -> None:
@@ -258,228 +479,29 @@ def _check_finite(value: float, what: str, step: int, learning_rate: float) -> N
         )
 
 
-def _best(history: list[dict[str, float]]) -> dict[str, float]:
-    """The row with the best validation accuracy; of equals the one with the lower loss, then the earlier one."""
-    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
-def _finish(run: Run, status: str, **more: Any) -> None:
-    """Draws the curves and writes result.json."""
-    run.result = {
-        "status": status,
-        "recipe": run.recipe.name,
-        "model": run.recipe.model,
-        "parameters": run.parameters,
-        "epochs": len(run.history),
-        "seconds": round(run.seconds, 3),
-        **more,
-    }
-    if run.history:
-        best = _best(run.history)
-        run.result["best_epoch"] = best["epoch"]
-        run.result["val_error_percent"] = round(100 * (1 - best["val_accuracy"]), 4)
-        _draw(run)
-    run.save_result()
+def _autocast(device: torch.device, precision: str) -> Any:
+    dtype = {"f32": None, "bf16": torch.bfloat16, "f16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def _draw(run: Run) -> None:
-    title = f"{run.folder.name}: {run.parameters:,} parameters"
-    error = run.result.get("test_error_percent")
-    png = plots.curves(run.history, title, best_epoch=run.result["best_epoch"], test_error=error)
-    write_atomically(run.folder / "curves.png", lambda file: file.write(png))
+def _like(images: Tensor, model: nn.Module) -> Tensor:
+    """The pictures in the memory format of the model's convolutions."""
+    weights = (p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1)
+    if images.dim() == 4 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
 
 
-def evaluate_test(run: Run, model: nn.Module, data: Data, objective: Objective) -> float:
-    """Test error in percent of the run's best weights, which are loaded into ``model``.
+@contextlib.contextmanager
+def _tensorboard(run: Run, training: _Training) -> Iterator[Any]:
+    from torch.utils.tensorboard import SummaryWriter
 
-    Adds it to result.json and curves.png. This is the one place where ``data.test`` is read.
-    """
-    checkpoint = load_checkpoint(run.folder / "best.pt")
-    model.load_state_dict(checkpoint["model"])
-    loss, accuracy = evaluate(model, data.test, objective)
-    error = round(100 * (1 - accuracy), 4)
-    run.save_result(
-        test_error_percent=error,
-        test_loss=loss,
-        test_images=len(data.test),
-        claimed_error_percent=run.recipe.claimed_error,
-    )
-    _draw(run)
-    return error
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints, files
-
-
-def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, history: list[dict[str, float]]
-) -> dict[str, Any]:
-    """Everything that going on from here needs. The order of the pictures follows from seed and epoch alone."""
-    rng = {"cpu": torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(device)
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "convkit": convkit.__version__,
-        "recipe": dataclasses.asdict(recipe),
-        "epoch": len(history),
-        "history": history,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": rng,
-    }
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values (numbers, strings, lists, dicts) atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_checkpoint` wrote, onto the CPU, executing no code from the file.
-
-    LabError if the file is missing, damaged or of another format.
-    """
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=training.epoch + 1)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise LabError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises many types: zip, pickle, end of file, runtime
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise LabError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise LabError(f"{path}: not a convkit checkpoint of format {CHECKPOINT_FORMAT}")
-    return state
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls ``write(file)`` on a temporary file beside ``path``, then puts it in the place of ``path`` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name with no contents
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_metrics(run: Run) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(run.history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.history)
-    write_atomically(run.folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def _new_folder(out: Path, name: str) -> Path:
-    """Makes ``out/<name>-<n>`` with the next free n."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        while True:  # again if another process takes the number between looking and making
-            taken = [path.name[len(name) + 1 :] for path in out.glob(f"{name}-*")]
-            number = 1 + max((int(n) for n in taken if n.isdecimal()), default=0)
-            folder = out / f"{name}-{number}"
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    except OSError as error:
-        reason = error.strerror or error
-        raise LabError(f"cannot make a run folder in {out}: {reason}; choose another place for it") from error
-
-
-def environment(backend: str, device: torch.device) -> dict[str, Any]:
-    """What of the machine and the software can change a result: the contents of env.json."""
-    env = {
-        "convkit": convkit.__version__,
-        "git": git_revision(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-    }
-    if backend == "convkit":
-        from convkit import _C
-
-        env["kernels"] = _C.isa()
-    return env
-
-
-# ----------------------------------------------------------------------------------------------------------- display
-
-
-class _Log(contextlib.AbstractContextManager):
-    """log.txt, line by line; ``line`` prints as well."""
-
-    def __init__(self, path: Path, console: Any) -> None:
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
-        self.console = console
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def write(self, text: str) -> None:
-        self.file.write(text + "\n")
-
-    def line(self, text: str) -> None:
-        self.write(text)
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Display(contextlib.AbstractContextManager):
-    """Progress of one run: a live bar in a terminal, one line an epoch elsewhere; log.txt gets the lines either way."""
-
-    def __init__(self, console: Any, log: _Log, recipe: Recipe, images: int) -> None:
-        self.log, self.recipe = log, recipe
-        self.bar = None
-        if console.is_terminal:
-            from rich import progress
-
-            self.bar = progress.Progress(
-                progress.TextColumn("{task.description}", style="bold"),
-                progress.BarColumn(bar_width=min(max(console.width - 68, 8), 30)),
-                progress.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                progress.TextColumn("loss {task.fields[loss]:.3f}{task.fields[status]}"),
-                progress.TimeElapsedColumn(),
-                console=console,
-            )
-            fields = {"epoch": 1, "epochs": recipe.epochs, "loss": math.nan, "status": ""}
-            self.task = self.bar.add_task(recipe.name, total=images * recipe.epochs, **fields)
-            self.bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def step(self, images: int, loss: float) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, advance=images, loss=loss)
-
-    def epoch(self, row: dict[str, float]) -> None:
-        text = (
-            f"{self.recipe.name}: epoch {row['epoch']:2d}/{self.recipe.epochs}  "
-            f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
-            f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
-            f"{row['seconds']:.2f} s  {row['images_per_second']:,.0f} images/s"
-        )
-        if self.bar is None:
-            self.log.line(text)
-            return
-        self.log.write(text)
-        status = f", validation {row['val_accuracy']:.1%}"
-        epoch = min(row["epoch"] + 1, self.recipe.epochs)
-        self.bar.update(self.task, epoch=epoch, loss=row["train_loss"], status=status)
+        yield writer
+    finally:
+        writer.close()

@@ -10,17 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from convkit.lab import LabError, models, plots, recipes, train
+from convkit.lab import LabError, augment, data, evaluate, models, objectives, plots, recipes, runs, train
 
 RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=32, learning_rate=1e-3, backend="torch")
+CLASSIFY = objectives.Classify()
 QUIET = Console(quiet=True)
 FILES = {"config.json", "env.json", "metrics.csv", "log.txt", "best.pt", "last.pt", "curves.png", "result.json"}
 
 
-def fit(data, out, recipe=RECIPE, objective=train.classify, console=QUIET):
+def fit(pictures, out, recipe=RECIPE, objective=CLASSIFY, console=QUIET):
     torch.manual_seed(recipe.seed)
     model = models.build(recipe.model, backend=recipe.backend)
-    return model, train.fit(model, data, objective, recipe, out=out, console=console)
+    return model, train.fit(model, pictures, objective, recipe, out=out, console=console)
 
 
 def read_json(path):
@@ -29,13 +30,14 @@ def read_json(path):
 
 def test_run_folder(few, tmp_path):
     model, run = fit(few, tmp_path)
-    error = train.evaluate_test(run, model, few, train.classify)
-    assert run.folder == tmp_path / "tiny-1"
     assert {path.name for path in run.folder.iterdir()} == FILES
+    error = evaluate.test(run, model, few, CLASSIFY)
+    assert run.folder == tmp_path / "tiny-1"
+    assert {path.name for path in run.folder.iterdir()} == FILES | {"confusion.png", "predictions.csv"}
 
     config = read_json(run.folder / "config.json")
-    assert config["recipe"] == dataclasses.asdict(RECIPE)
-    assert config["network"] == {"name": "fc64", "class": "_MLP", "parameters": 50_890}
+    assert recipes.from_json(config["recipe"]) == RECIPE
+    assert config["network"] == {"name": "fc64", "class": "MLP", "parameters": 50_890}
     assert (config["data"]["train"], config["data"]["val"], config["data"]["test"]) == (200, 60, 100)
 
     env = read_json(run.folder / "env.json")
@@ -58,10 +60,10 @@ def test_run_folder(few, tmp_path):
     assert result["best_epoch"] == int(best["epoch"])
     assert result["test_error_percent"] == error and result["test_images"] == 100
 
-    checkpoint = train.load_checkpoint(run.folder / "best.pt")
+    checkpoint = runs.load_checkpoint(run.folder / "best.pt")
     assert checkpoint["epoch"] == result["best_epoch"]
     model.load_state_dict(checkpoint["model"])
-    _, accuracy = train.evaluate(model, few.test, train.classify)
+    _, accuracy = train.evaluate(model, few.test, CLASSIFY)
     assert error == pytest.approx(100 * (1 - accuracy))
 
 
@@ -87,50 +89,29 @@ def test_the_seed_decides_everything(few, tmp_path, model, backend):
 
 
 def test_epochs_do_not_depend_on_what_else_drew_random_numbers(few, tmp_path):
-    def drawing(model, images, labels):
-        torch.rand(3)
-        return train.classify(model, images, labels)
+    class Drawing(objectives.Classify):
+        def __call__(self, model, images, labels):
+            torch.rand(3)
+            return super().__call__(model, images, labels)
 
-    plain, disturbed = fit(few, tmp_path)[0], fit(few, tmp_path, objective=drawing)[0]
+    plain, disturbed = fit(few, tmp_path)[0], fit(few, tmp_path, objective=Drawing())[0]
     torch.testing.assert_close(plain.state_dict(), disturbed.state_dict(), rtol=0, atol=0)
-
-
-def test_checkpoint_holds_what_going_on_needs(few, tmp_path):
-    """From last.pt of two epochs, a third epoch done by hand ends where three epochs in one go end."""
-    longer, _ = fit(few, tmp_path)
-    _, run = fit(few, tmp_path, dataclasses.replace(RECIPE, epochs=2))
-    state = train.load_checkpoint(run.folder / "last.pt")
-    assert set(state) == {"format", "convkit", "recipe", "epoch", "history", "model", "optimizer", "rng"}
-    assert state["epoch"] == 2 and len(state["history"]) == 2 and state["history"] == run.history
-    assert state["rng"]["cpu"].dtype == torch.uint8
-    assert recipes.Recipe(**state["recipe"]) == run.recipe
-
-    model = models.build("fc64", backend="torch")
-    model.load_state_dict(state["model"])
-    optimizer = train.make_optimizer(model, run.recipe)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    for images, labels in few.train.batches(32, train.epoch_order(len(few.train), RECIPE.seed, 3)):
-        optimizer.zero_grad()
-        train.classify(model, images, labels).loss.backward()
-        optimizer.step()
-    torch.testing.assert_close(model.state_dict(), longer.state_dict(), rtol=0, atol=0)
 
 
 def test_checkpoint_errors(tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(LabError, match="no such checkpoint"):
-        train.load_checkpoint(path)
-    train.save_checkpoint(path, {"format": train.CHECKPOINT_FORMAT, "values": torch.arange(1000)})
+        runs.load_checkpoint(path)
+    runs.save_checkpoint(path, {"format": runs.CHECKPOINT_FORMAT, "values": torch.arange(1000)})
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
         path.write_bytes(broken)
         with pytest.raises(LabError, match="damaged or not a checkpoint") as error:
-            train.load_checkpoint(path)
+            runs.load_checkpoint(path)
         assert "\n" not in str(error.value)
-    train.save_checkpoint(path, {"format": 0})
-    with pytest.raises(LabError, match="not a convkit checkpoint of format 1"):
-        train.load_checkpoint(path)
+    runs.save_checkpoint(path, {"format": 0})
+    with pytest.raises(LabError, match="not a convkit checkpoint of format 2"):
+        runs.load_checkpoint(path)
 
 
 def test_checkpoint_runs_no_code(tmp_path):
@@ -140,14 +121,14 @@ def test_checkpoint_runs_no_code(tmp_path):
 
     torch.save({"format": 1, "x": Harmful()}, tmp_path / "x.pt")
     with pytest.raises(LabError, match="damaged or not a checkpoint"):
-        train.load_checkpoint(tmp_path / "x.pt")
+        runs.load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_writing_is_atomic(tmp_path, failure):
     path = tmp_path / "last.pt"
-    train.write_atomically(path, lambda file: file.write(b"whole"))
+    runs.write_atomically(path, lambda file: file.write(b"whole"))
 
     def half(file):
         file.write(b"ha")
@@ -156,20 +137,21 @@ def test_writing_is_atomic(tmp_path, failure):
         raise failure
 
     with pytest.raises(failure):
-        train.write_atomically(path, half)
+        runs.write_atomically(path, half)
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
 
 
-class Failing:
-    """The objective, until it has been asked in training ``good`` times; then ``fail`` decides."""
+class Failing(objectives.Classify):
+    """Classification, until it has been asked in training ``good`` times; then ``fail`` decides."""
 
     def __init__(self, good, fail):
-        self.left, self.fail = good, fail
+        super().__init__()
+        self.__dict__.update(left=good, fail=fail)
 
     def __call__(self, model, images, labels):
-        outcome = train.classify(model, images, labels)
-        self.left -= model.training
+        self.__dict__["left"] -= 1
+        outcome = super().__call__(model, images, labels)
         return self.fail(outcome) if self.left < 0 else outcome
 
 
@@ -188,7 +170,7 @@ def test_non_finite_loss_stops_and_keeps_the_state_from_before(few, tmp_path):
     assert error.value.exit_code == 1
     folder = tmp_path / "tiny-1"
     assert {path.name for path in folder.iterdir()} == FILES
-    state = train.load_checkpoint(folder / "last.pt")
+    state = runs.load_checkpoint(folder / "last.pt")
     assert state["epoch"] == 2 and all(value.isfinite().all() for value in state["model"].values())
     result = read_json(folder / "result.json")
     assert result["status"] == "non-finite loss" and "step 17" in result["message"] and result["epochs"] == 2
@@ -200,19 +182,19 @@ def test_non_finite_loss_in_the_first_epoch_keeps_the_initial_weights(few, tmp_p
         fit(few, tmp_path, objective=Failing(0, nan))
     torch.manual_seed(RECIPE.seed)
     initial = models.build("fc64", backend="torch").state_dict()
-    state = train.load_checkpoint(tmp_path / "tiny-1" / "last.pt")
+    state = runs.load_checkpoint(tmp_path / "tiny-1" / "last.pt")
     torch.testing.assert_close(state["model"], initial, rtol=0, atol=0)
     assert read_json(tmp_path / "tiny-1" / "result.json")["epochs"] == 0
 
 
 def test_weights_that_blow_up_in_the_last_step_are_found_by_validation(few, tmp_path):
-    def objective(model, images, labels):
-        outcome = train.classify(model, images, labels)
-        return outcome if model.training else nan(outcome)
+    class BlowingUp(objectives.Classify):
+        def evaluate(self, model, images, labels):
+            return nan(super().evaluate(model, images, labels))
 
     with pytest.raises(train.NonFiniteLoss, match="the validation loss became nan at step 7"):
-        fit(few, tmp_path, objective=objective)
-    assert train.load_checkpoint(tmp_path / "tiny-1" / "last.pt")["epoch"] == 0
+        fit(few, tmp_path, objective=BlowingUp())
+    assert runs.load_checkpoint(tmp_path / "tiny-1" / "last.pt")["epoch"] == 0
     assert not (tmp_path / "tiny-1" / "best.pt").exists()
 
 
@@ -224,14 +206,14 @@ def test_a_learning_rate_that_really_diverges(few, tmp_path):
 
 def test_interruption_leaves_a_usable_folder(few, tmp_path):
     with pytest.raises(
-        train.Interrupted, match="interrupted in epoch 2 of 3; the 1 whole epoch.* in .*tiny-1"
+        train.Interrupted, match="interrupted in epoch 2 of 3; .*tiny-1 holds the 1 whole epochs before it; go on with"
     ) as error:
         fit(few, tmp_path, objective=Failing(10, interrupt))
     assert error.value.exit_code == 130
     folder = tmp_path / "tiny-1"
     assert {path.name for path in folder.iterdir()} == FILES
     assert read_json(folder / "result.json")["status"] == "interrupted"
-    assert train.load_checkpoint(folder / "last.pt")["epoch"] == 1
+    assert runs.load_checkpoint(folder / "last.pt")["epoch"] == 1
 
 
 def test_a_terminal_gets_a_bar_and_the_log_its_lines(few, tmp_path):
@@ -245,9 +227,9 @@ def test_a_terminal_gets_a_bar_and_the_log_its_lines(few, tmp_path):
 def test_evaluate_restores_the_mode(few):
     model = models.build("fc64", backend="torch")
     model.train()
-    whole = train.evaluate(model, few.test, train.classify)
+    whole = train.evaluate(model, few.test, CLASSIFY)
     assert model.training
-    parts = train.evaluate(model.eval(), few.test, train.classify, batch_size=7)
+    parts = train.evaluate(model.eval(), few.test, CLASSIFY, batch_size=7)
     assert not model.training
     assert whole == pytest.approx(parts)
 
@@ -270,13 +252,15 @@ def test_wrong_recipes(change, message):
 
 def test_recipes_name_what_exists():
     for recipe in recipes.RECIPES.values():
-        assert recipe.model in models.MODELS and recipe.data in ("digits5k", "mnist")
-        assert recipe.source and recipe.claimed_error
+        assert set(recipe.options) <= set(models.entry(recipe.model).options)
+        assert recipe.data in data.NAMES and recipe.source
+        augment.parse(recipe.augment)
+        for other in (recipe.init, recipe.teacher):
+            assert not other or other.endswith(".pth") or other in recipes.RECIPES
     with pytest.raises(LabError, match="did you mean simplenet-mnist"):
         recipes.recipe("simplenet-mnits")
-    unknown = dataclasses.replace(RECIPE, optimizer="adamm")
-    with pytest.raises(LabError, match="optimizer must be one of adam, got 'adamm'"):
-        train.make_optimizer(models.build("fc64", backend="torch"), unknown)
+    with pytest.raises(LabError, match="tiny: optimizer must be one of .*adam, .*, got 'adamm'; did you mean adam"):
+        dataclasses.replace(RECIPE, optimizer="adamm")
 
 
 def test_out_that_cannot_be_written(few, tmp_path):
@@ -293,3 +277,253 @@ def test_curves_are_a_picture(epochs):
     ]
     png = plots.curves(history, "title", best_epoch=epochs, test_error=12.5)
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+# ------------------------------------------------------------------------------- optimisers, schedules, and the rest
+
+
+STEPS = 7  # of an epoch of 200 pictures
+
+
+def rates(few, tmp_path, monkeypatch, **changes):
+    """The learning rate of every step of a run, and its validation accuracies."""
+    recipe = dataclasses.replace(RECIPE, optimizer="sgd", learning_rate=0.1, **changes)
+    noted = []
+    make = train.make_optimizer
+
+    def noting(model, recipe):
+        optimizer = make(model, recipe)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: noted.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", noting)
+    _, run = fit(few, tmp_path, recipe)
+    assert [row["learning_rate"] for row in run.history] == noted[STEPS - 1 :: STEPS]
+    return noted, [row["val_accuracy"] for row in run.history]
+
+
+SCHEDULES = {
+    "constant": ({}, lambda t: 0.1),
+    "step": ({"milestones": (1.0, 2.5), "gamma": 0.5}, lambda t: 0.1 * 0.5 ** ((t >= 7) + (t >= round(2.5 * 7)))),
+    "inverse_time": ({"decay": 0.05}, lambda t: 0.1 / (1 + 0.05 * t)),
+    "cosine": ({}, lambda t: 0.05 * (1 + math.cos(math.pi * t / (3 * STEPS)))),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_follow_their_formulas(few, tmp_path, monkeypatch, schedule):
+    changes, formula = SCHEDULES[schedule]
+    noted, _ = rates(few, tmp_path, monkeypatch, schedule=schedule, **changes)
+    assert noted == pytest.approx([formula(t) for t in range(3 * STEPS)])
+
+
+TORCH = {
+    "step": ({"milestones": (1.0, 2.5)}, lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [7, 18], 0.1)),
+    "cosine": ({}, lambda o, n: torch.optim.lr_scheduler.CosineAnnealingLR(o, n)),
+    "one_cycle": (
+        {"warm_up": 0.4},
+        lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, n, pct_start=0.4, cycle_momentum=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", TORCH)
+def test_schedules_are_torchs_own(few, tmp_path, monkeypatch, schedule):
+    changes, make = TORCH[schedule]
+    noted, _ = rates(few, tmp_path, monkeypatch, schedule=schedule, **changes)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    scheduler, expected = make(optimizer, 3 * STEPS), []
+    for _ in range(3 * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert noted == expected
+
+
+def test_plateau_looks_at_the_validation_metric(few, tmp_path, monkeypatch):
+    scores = [0.5, 0.6, 0.6, 0.55, 0.7, 0.7, 0.7, 0.7]
+    given = iter(scores)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: (1.0, next(given)))
+    changes = {"schedule": "plateau", "gamma": 0.5, "plateau_patience": 1, "epochs": len(scores)}
+    noted, _ = rates(few, tmp_path, monkeypatch, **changes)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    scheduler, expected = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=1), []
+    for score in scores:
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(score)
+    assert noted[::STEPS] == expected == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.01, momentum=0.8, nesterov=True, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 0.01, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, (0.8, 0.999), weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, (0.8, 0.999), weight_decay=0.1),
+}
+
+
+def test_every_optimizer_is_tried():
+    assert set(OPTIMIZERS) == set(recipes.CHOICES["optimizer"])
+    assert {*SCHEDULES, *TORCH, "plateau"} == set(recipes.CHOICES["schedule"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_against_torch_by_hand(few, tmp_path, optimizer):
+    """In float64, where fused and plain steps agree to rounding that does not matter."""
+    recipe = dataclasses.replace(
+        RECIPE, optimizer=optimizer, momentum=0.8, weight_decay=0.1, learning_rate=0.01, epochs=2, clip_norm=0.5
+    )
+
+    class Double(objectives.Classify):
+        def __call__(self, model, images, labels):
+            return super().__call__(model, images.double(), labels)
+
+        def evaluate(self, model, images, labels):
+            return super().evaluate(model, images.double(), labels)
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).double()
+
+    mine, expected = model(), model()
+    train.fit(mine, few, Double(), recipe, out=tmp_path, console=QUIET)
+    by_hand = OPTIMIZERS[optimizer](expected.parameters())
+    for epoch in (1, 2):
+        for images, labels in few.train.batches(32, train.epoch_order(len(few.train), 0, epoch)):
+            by_hand.zero_grad()
+            torch.nn.functional.cross_entropy(expected(images.double()), labels).backward()
+            norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()
+            for p in expected.parameters():
+                p.grad *= min(1.0, 0.5 / norm.item())
+            by_hand.step()
+    torch.testing.assert_close(mine.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(few, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, ema=0.9, epochs=2, optimizer="sgd", learning_rate=0.1)
+    steps = []
+    make = train.make_optimizer
+
+    def noting(model, recipe):
+        optimizer = make(model, recipe)
+        optimizer.register_step_post_hook(lambda *_: steps.append(model.fc1.weight.detach().double().clone()))
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", noting)
+    model, run = fit(few, tmp_path, recipe)
+    assert run.result["best_epoch"] == 2
+    average = steps[0]
+    for number, weight in enumerate(steps[1:], start=1):
+        keep = min(0.9, (1 + number) / (10 + number))
+        average = keep * average + (1 - keep) * weight
+    best = runs.load_checkpoint(run.folder / "best.pt")["model"]
+    torch.testing.assert_close(best["fc1.weight"].double(), average, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(best["fc1.weight"], model.fc1.weight)
+    model.load_state_dict(best)
+    assert train.evaluate(model, few.val, CLASSIFY) == (run.history[1]["val_loss"], run.history[1]["val_accuracy"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_mixed_precision(few, tmp_path, precision):
+    seen = set()
+
+    class Seeing(objectives.Classify):
+        def __call__(self, model, images, labels):
+            seen.add(model(images).dtype)
+            return super().__call__(model, images, labels)
+
+    recipe = dataclasses.replace(RECIPE, precision=precision)
+    model, run = fit(few, tmp_path, recipe, objective=Seeing())
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    full = fit(few, tmp_path)[1]
+    assert run.history[2]["train_loss"] == pytest.approx(full.history[2]["train_loss"], rel=0.02)
+
+
+def test_channels_last_gives_the_same_to_rounding(few, tmp_path):
+    recipe = dataclasses.replace(RECIPE, model="simplenet", backend="convkit", optimizer="sgd", epochs=1)
+    formats = []
+
+    class Seeing(objectives.Classify):
+        def __call__(self, model, images, labels):
+            formats.append(model.conv2.weight.is_contiguous(memory_format=torch.channels_last))
+            return super().__call__(model, images, labels)
+
+    states = [
+        fit(few, tmp_path, dataclasses.replace(recipe, channels_last=last), objective=Seeing())[0].state_dict()
+        for last in (False, True)
+    ]
+    assert formats == [False] * STEPS + [True] * STEPS
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+
+
+def test_early_stopping(few, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.55, 0.7])
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: (1.0, next(scores)))
+    _, run = fit(few, tmp_path, dataclasses.replace(RECIPE, epochs=20, patience=2))
+    assert len(run.history) == 4 and run.result["best_epoch"] == 2
+    assert run.result["status"] == "finished" and run.result["stopped_early"]
+
+
+def test_a_last_batch_of_one_that_batch_norm_cannot_take(few, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
+    recipe = dataclasses.replace(RECIPE, batch_size=199)
+    with pytest.raises(LabError, match="choose another batch_size than 199"):
+        train.fit(model, few, CLASSIFY, recipe, out=tmp_path, console=QUIET)
+
+
+def test_tensorboard_that_is_not_there_is_said_before_training(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LabError, match="type  pip install tensorboard"):
+        torch.manual_seed(0)
+        train.fit(
+            models.build("fc64", backend="torch"),
+            few,
+            CLASSIFY,
+            RECIPE,
+            out=tmp_path,
+            console=QUIET,
+            tensorboard=True,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        (["epochs=5", "learning-rate=0.5"], {"epochs": 5, "learning_rate": 0.5}),
+        (["milestones=1,2.5", "schedule=step"], {"milestones": (1.0, 2.5), "schedule": "step"}),
+        (["augment=pad_crop:2+affine:0.1,0.1,5"], {"augment": ("pad_crop:2", "affine:0.1,0.1,5")}),
+        (["augment="], {"augment": ()}),
+        (["channels_last=yes", "claimed_error=none"], {"channels_last": True, "claimed_error": None}),
+        (["model.norm=group", "model.blocks=1,1,1"], {"options": {"norm": "group", "blocks": (1, 1, 1)}}),
+    ],
+)
+def test_overrides(changes, fields):
+    changed = recipes.override(RECIPE, changes)
+    assert changed == dataclasses.replace(RECIPE, **fields)
+    assert recipes.from_json(json.loads(json.dumps(dataclasses.asdict(changed)))).epochs == changed.epochs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epochs", "'epochs' is not of the form field=value"),
+        ("epochs=2.5", "epochs must be a whole number, got '2.5'"),
+        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
+        ("lerning_rate=1", "no field 'lerning_rate': did you mean learning_rate"),
+        ("name=x", "no field 'name'"),
+        ("channels_last=perhaps", "channels_last must be true or false, got 'perhaps'"),
+        ("schedule=cosin", "schedule must be one of .* got 'cosin'; did you mean cosine"),
+        ("schedule=step", "milestones must be given for schedule=step"),
+        ("milestones=3,2", "milestones must be positive numbers of epochs in ascending order"),
+        ("ema=1", "ema must be from 0 to below 1"),
+        ("classes=1", "classes must be several different classes"),
+    ],
+)
+def test_overrides_that_are_wrong(change, message):
+    with pytest.raises(LabError, match=message):
+        recipes.override(RECIPE, [change])
