@@ -35,6 +35,8 @@ constexpr int64_t kTableBytes = 32 << 10;
 constexpr int64_t kPlanesBytes = 512 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
+// The panels of pixels of a task of a 1x1 convolution: a quarter of a 2 MiB second-level cache.
+constexpr int64_t kPointwiseBytes = 512 << 10;
 // Winograd: tiles between two looks at the sums of a weight gradient.
 constexpr int64_t kWinogradTiles = 32;
 // Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
@@ -156,6 +158,28 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
   int64_t elements = b.bundle * (src_c * b.rows * sorted * b.columns + dst_c * b.rows_per_task * phases * b.outputs);
   b.scratch_bytes = ceil_div(elements * element + a.r * a.s * 12, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+// Where a channels-last kernel would have to transpose what it reads and what it writes.
+bool use_pointwise(const ConvProblem& a, Pass pass) {
+  return a.r * a.s == 1 && a.layout == Layout::nchw && a.p * a.q > 1 && a.pad_top == 0 && a.pad_left == 0 &&
+         (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w && (pass == Pass::forward || (a.p == a.h && a.q == a.w));
+}
+
+PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  PointwisePlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.input_grad = pass == Pass::input_grad;
+  int64_t depth = (b.input_grad ? a.k : a.c) / a.groups, dst_c = b.input_grad ? a.c : a.k;
+  int64_t vectors = f.rows_for_vectors[4] > 0 ? 3 : 2, rows = 8;
+  int64_t panel_bytes = depth * vectors * lanes * element, panels = ceil_div(a.n * a.p * a.q, vectors * lanes);
+  b.panels_per_task = std::clamp<int64_t>(kPointwiseBytes / panel_bytes, 1, ceil_div(panels * a.groups, f.threads * 4));
+  b.stream = streams(a.n * a.p * a.q * dst_c * storage_bytes(a.dtype), f);
+  b.chain = pick_chain(a.dtype, depth);
+  b.weights = ws.take((dst_c * depth + dst_c + rows) * element);
+  b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -352,6 +376,9 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
+  } else if (use_pointwise(a, pass)) {
+    plan.kernel = ConvKernel::pointwise;
+    plan.pointwise = plan_pointwise(a, pass, f, ws);
   } else if (use_planes(a, pass, f)) {
     plan.kernel = ConvKernel::planes;
     plan.planes = plan_planes(a, pass, f, ws);
@@ -380,6 +407,10 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     case ConvKernel::planes: {
       const PlanesPlan& b = plan.planes;
       out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns);
+      break;
+    }
+    case ConvKernel::pointwise: {
+      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task";
       break;
     }
     case ConvKernel::outer: {

@@ -17,7 +17,7 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, planes, outer, depthwise, winograd };
+enum class ConvKernel { rows, planes, pointwise, outer, depthwise, winograd };
 
 // Output channels of a group up to which pixels, not channels, are the lanes of a vector.
 constexpr int kPlanesChannels = 8;
@@ -55,6 +55,16 @@ struct PlanesPlan {
   int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
   int64_t columns;          // of a staged row, for each remainder of the column modulo the forward stride
   int64_t outputs;          // of a row, for each phase of the input gradient: whole vectors
+  bool stream;              // write past the caches
+  int64_t chain;            // products summed before they are added to a total
+  Piece weights, scratch;
+  int64_t scratch_bytes;    // of one thread
+};
+
+// 1x1 filters and contiguous tensors, forward and input gradient: filters times panels of pixels.
+struct PointwisePlan {
+  bool input_grad;
+  int64_t panels_per_task;  // copied, and multiplied with all filters
   bool stream;              // write past the caches
   int64_t chain;            // products summed before they are added to a total
   Piece weights, scratch;
@@ -120,6 +130,7 @@ struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
   PlanesPlan planes;
+  PointwisePlan pointwise;
   OuterPlan outer;
   DepthwisePlan depthwise;
   WinogradPlan winograd;

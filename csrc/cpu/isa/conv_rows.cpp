@@ -220,6 +220,7 @@ template <class S> struct Rows {
         tile.bias = a.bias == nullptr ? nullptr : bias() + (group * plan.column_tiles + tile_column) * width;
         tile.relu = a.relu;
         tile.streamed = streamed;
+        tile.ahead = plan.rows * plan.src_c;
         for (int64_t t = 0; t * plan.rows < count; ++t) {
           tile.rows = table.rows + t * plan.taps * plan.rows;
           bool clear = table.tap_count[t] < 0;
