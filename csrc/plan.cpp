@@ -142,7 +142,9 @@ bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
   int64_t height = (input_grad ? a.p : a.h) + 2 * (a.r - 1) * a.dilation_h;
   if (a.r * a.s == 1 || width < lanes / 2 || reach >= 16 * (a.w + 64) || height >= 16 * (a.h + 64)) return false;
-  bool full = 4 * width >= 3 * ceil_div(width, lanes) * lanes;
+  // What is left of a vector of pixels, and of filters, that is not beyond the last.
+  auto filled = [&](int64_t values) { return double(values) / double(ceil_div(values, lanes) * lanes); };
+  bool full = filled(width) >= 0.9 * filled(channels);
   return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && a.layout == Layout::nchw && full && merge_few_channels(a));
 }
 

@@ -230,12 +230,18 @@ template <class S> struct Outer {
         return;
       }
       const S* from = of + at * image.c;
-      for (int64_t j = 0; j < pixels; ++j, from += image.c, to += width)  // in the order of the memory
-        for (int64_t tile = first; tile < last_tile; ++tile) {
-          const S* here = from + channel(tile);
-          for (int64_t line = 0; line < width * int64_t(sizeof(S)); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(here + kAhead) + line);
-          copy_values(here, to + (tile - first) * panel, values(tile));
+      for (int64_t j = 0; j < pixels; ++j, from += image.c, to += width) {  // in the order of the memory
+        const S* here = from + channel(first);
+        T* there = to;
+        // Tiles follow each other through the groups; how many values they have left is counted, not divided.
+        for (int64_t tile = first, left_in_group = group_values - first % tiles * width; tile < last_tile; ++tile, there += panel) {
+          int64_t count = min_of(width, left_in_group);
+          for (int64_t line = 0; line < count * int64_t(sizeof(S)); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(here + kAhead) + line);
+          copy_values(here, there, count);
+          here += count, left_in_group -= count;
+          if (left_in_group == 0) left_in_group = group_values;
         }
+      }
     };
     for (int64_t i = 0; i < images && columns > 0 && begin < end; ++i, src += hw * image.c, panels += rows * staged_w * width) {
       if (whole_rows) run(src, begin * image.w, (end - begin) * image.w, panels + (begin - row) * staged_w * width);
