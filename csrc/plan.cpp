@@ -23,18 +23,22 @@ struct Workspace {
 
 // Staged copies of a few images at a time: enough that threads find work, few enough to stay in the caches.
 constexpr int64_t kStagedBytes = 4 << 20;
-// Output and input gradient blocks of the weight gradient: half of a 2 MiB second-level cache.
-constexpr int64_t kOuterBlockBytes = 1 << 20;
+// Output gradient and input of a block of the weight gradient: a quarter of a 2 MiB second-level cache, beside the sums.
+constexpr int64_t kOuterBlockBytes = 512 << 10;
+// Partial sums of the weight gradient: at most as much in all, or a single one.
+constexpr int64_t kOuterSumsBytes = 4 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
 constexpr int64_t kDepthwiseBytes = 512 << 10;
 // What a strip of a depthwise task may take of the first-level cache.
 constexpr int64_t kDepthwiseStripBytes = 24 << 10;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
-// The planes of a task of the few-channel kernel.
-constexpr int64_t kPlanesBytes = 512 << 10;
+// The planes of a task of the few-channel kernel, read and written.
+constexpr int64_t kPlanesBytes = 768 << 10;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
+// The panels of pixels of a task of a 1x1 convolution: a quarter of a 2 MiB second-level cache.
+constexpr int64_t kPointwiseBytes = 512 << 10;
 // Winograd: tiles between two looks at the sums of a weight gradient.
 constexpr int64_t kWinogradTiles = 32;
 // Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
@@ -47,19 +51,21 @@ bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
   return storage_bytes(t) != compute_bytes(t) || (l == Layout::nchw && channels != 1 && pixels != 1);
 }
 
-// The padded copy is not made where padding or stride make it far larger than the image.
+// The taps of a filter row and their channels as one run of a padded copy, which is not made where padding or stride make
+// it far larger than the image.
 bool can_merge_taps(const ConvProblem& a) {
-  if (a.groups != 1 || a.dilation_w != 1 || a.s == 1 || a.c >= kFewChannels) return false;
+  if (a.dilation_w != 1 || a.s == 1) return false;
   double area = (double(a.p - 1) * a.stride_h + double(a.r - 1) * a.dilation_h + 1) * (double(a.q - 1) * a.stride_w + a.s);
   return area < 4.0 * double(a.h * a.w) + 4096;
 }
+bool merge_few_channels(const ConvProblem& a) { return a.groups == 1 && a.c < kFewChannels && can_merge_taps(a); }
 
 // Products summed in one chain before they are added to a total: the rounding error of a sum of n grows with
 // sqrt(n * chain) instead of n. An addition to the total costs a tile about two steps of the loop: 3 % at 64. Short sums
 // can afford more, and need it to be as exact as the dot products that PyTorch computes them with.
 int64_t pick_chain(DType t, int64_t terms) {
   if (t == DType::f64) return INT64_MAX / 2;
-  return terms <= 32 ? 32 : terms <= 64 ? 16 : terms <= 256 ? 32 : 64;
+  return terms <= 32 ? 32 : terms <= 64 ? 16 : terms <= 128 ? 32 : 64;
 }
 
 // Vectors of columns a register tile takes: the count that wastes fewest lanes over all tiles, wider first.
@@ -74,6 +80,14 @@ int pick_vectors(int64_t columns, int64_t lanes, const CpuFacts& f) {
   return best;
 }
 
+// Which part of the taps that the outputs along one axis meet in an input gradient of stride 1 lies inside of y's gradient.
+double taps_inside(int64_t outputs, int64_t source, int64_t taps, int64_t pad, int64_t dilation) {
+  int64_t inside = 0;
+  for (int64_t i = 0; i < outputs; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) inside += i + pad - tap * dilation >= 0 && i + pad - tap * dilation < source;
+  return double(inside) / double(outputs * taps);
+}
+
 RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   RowsPlan b{};
   b.input_grad = pass == Pass::input_grad;
@@ -81,7 +95,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
   b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
-  b.merge_taps = !b.input_grad && can_merge_taps(a);
+  b.merge_taps = !b.input_grad && merge_few_channels(a);
   b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
   b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
   b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * element, f);
@@ -89,6 +103,8 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
   b.depth = b.merge_taps ? a.s * a.c : b.src_c / a.groups;
+  b.across_images = b.input_grad && a.stride_h == 1 && a.stride_w == 1 && b.taps > 1 && b.dst_h * b.dst_w <= 1024 && a.n >= f.rows_for_vectors[2] &&
+                    taps_inside(a.h, a.p, a.r, a.pad_top, a.dilation_h) * taps_inside(a.w, a.q, a.s, a.pad_left, a.dilation_w) < 0.8;
   b.chain = pick_chain(a.dtype, b.taps * b.depth);
   b.group_columns = b.dst_c / a.groups;
   b.vectors = pick_vectors(b.group_columns, lanes, f);
@@ -117,15 +133,19 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   return b;
 }
 
-// Vectors of pixels pay where a vector of channels would be mostly empty and rows are long enough to fill some.
+// Vectors of pixels pay where a vector of channels would be mostly empty and rows are long enough to fill some, and where
+// contiguous tensors would have to be transposed for few products: then filters are taken a tile at a time.
 bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   bool input_grad = pass == Pass::input_grad;
   int64_t lanes = f.vector_bytes / compute_bytes(a.dtype);
   int64_t channels = (input_grad ? a.c : a.k) / a.groups, width = input_grad ? (a.w + a.stride_w - 1) / a.stride_w : a.q;
   int64_t reach = (input_grad ? a.q : a.w) + 2 * (a.s - 1) * a.dilation_w;
   int64_t height = (input_grad ? a.p : a.h) + 2 * (a.r - 1) * a.dilation_h;
-  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) && width >= lanes / 2 && a.r * a.s > 1 && reach < 16 * (a.w + 64) &&
-         height < 16 * (a.h + 64);
+  if (a.r * a.s == 1 || width < lanes / 2 || reach >= 16 * (a.w + 64) || height >= 16 * (a.h + 64)) return false;
+  // What is left of a vector of pixels, and of filters, that is not beyond the last.
+  auto filled = [&](int64_t values) { return double(values) / double(ceil_div(values, lanes) * lanes); };
+  bool full = filled(width) >= 0.9 * filled(channels);
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && a.layout == Layout::nchw && full && merge_few_channels(a));
 }
 
 PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
@@ -147,15 +167,40 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   auto source_rows = [&](int64_t rows) {
     return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
   };
-  b.bundle = std::clamp<int64_t>(lanes / std::min(src_c, dst_c), 1, a.groups);
+  // Two cache lines of a channels-last pixel at a time.
+  b.bundle = std::clamp<int64_t>(2 * lanes / std::min(src_c, dst_c), 1, a.groups);
   b.rows_per_task = dst_h;
-  while (b.rows_per_task > 1 && (source_rows(b.rows_per_task) * sorted * b.columns * b.bundle * src_c * element > kPlanesBytes ||
+  auto bytes = [&](int64_t rows) {
+    return b.bundle * (src_c * source_rows(rows) * sorted * b.columns + dst_c * rows * phases * b.outputs) * element;
+  };
+  while (b.rows_per_task > 1 && (bytes(b.rows_per_task) > kPlanesBytes ||
                                  a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
   b.rows = source_rows(b.rows_per_task);
   b.weights = ws.take(a.groups * src_c * a.r * a.s * dst_c * element);
-  int64_t elements = b.bundle * (src_c * b.rows * sorted * b.columns + dst_c * b.rows_per_task * phases * b.outputs);
-  b.scratch_bytes = ceil_div(elements * element + a.r * a.s * 12, 64) * 64;
+  b.scratch_bytes = ceil_div(bytes(b.rows_per_task) + a.r * a.s * 12, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+// Where a channels-last kernel would have to transpose what it reads and what it writes.
+bool use_pointwise(const ConvProblem& a, Pass pass) {
+  return a.r * a.s == 1 && a.layout == Layout::nchw && a.p * a.q > 1 && a.pad_top == 0 && a.pad_left == 0 &&
+         (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w && (pass == Pass::forward || (a.p == a.h && a.q == a.w));
+}
+
+PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  PointwisePlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.input_grad = pass == Pass::input_grad;
+  int64_t depth = (b.input_grad ? a.k : a.c) / a.groups, dst_c = b.input_grad ? a.c : a.k;
+  int64_t vectors = f.rows_for_vectors[4] > 0 ? 3 : 2, rows = 8;
+  int64_t panel_bytes = depth * vectors * lanes * element, panels = ceil_div(a.n * a.p * a.q, vectors * lanes);
+  b.panels_per_task = std::clamp<int64_t>(kPointwiseBytes / panel_bytes, 1, ceil_div(panels * a.groups, f.threads * 4));
+  b.stream = streams(a.n * a.p * a.q * dst_c * storage_bytes(a.dtype), f);
+  b.chain = pick_chain(a.dtype, depth);
+  b.weights = ws.take((dst_c * depth + dst_c + rows) * element);
+  b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -163,14 +208,16 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
 OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   OuterPlan b{};
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
-  b.merge_taps = can_merge_taps(a);
-  b.stage_grad = !b.merge_taps || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
-  b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : a.h;
+  b.exchange = merge_few_channels(a);
+  // Merged taps fill the vectors of few channels: worth the padding where it saves a tenth of the multiply-adds.
+  int64_t channels = a.c / a.groups;
+  b.merge_taps = b.exchange || (can_merge_taps(a) && 10 * ceil_div(a.s * channels, lanes) < 9 * a.s * ceil_div(channels, lanes));
+  b.stage_grad = !b.exchange || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
-  b.depth = b.merge_taps ? a.s * a.c : a.c / a.groups;
-  b.row_values = b.merge_taps ? b.depth : a.k / a.groups;
-  b.column_values = b.merge_taps ? a.k : b.depth;
+  b.depth = b.merge_taps ? a.s * channels : channels;
+  b.row_values = b.exchange ? b.depth : a.k / a.groups;
+  b.column_values = b.exchange ? a.k : b.depth;
   b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
   b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 ? 16 : pick_chain(a.dtype, a.n * a.p * a.q);
   b.vectors = b.column_values > lanes ? 2 : 1;
@@ -178,27 +225,28 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   b.row_tiles = ceil_div(b.row_values, most_rows);
   b.rows = int(ceil_div(b.row_values, b.row_tiles));  // tiles of equal height rather than a short last one
   b.column_tiles = ceil_div(b.column_values, b.vectors * lanes);
-  // Enough tasks for a fair number of threads, but never a number that depends on them.
-  int64_t tiles = a.groups * b.row_tiles * b.taps * b.column_tiles;
-  b.splits = std::clamp<int64_t>(ceil_div(32, tiles), 1, std::min<int64_t>(a.p, 8));
 
+  // As many splits as keep a fair number of threads busy, but never a number that depends on them.
+  constexpr int64_t kSplits = 8;
   int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
-  int64_t grad_values = b.merge_taps ? a.k : a.groups * b.row_tiles * b.rows;
-  int64_t x_bytes = b.staged_h * b.staged_w * x_values * element, grad_bytes = a.p * a.q * grad_values * element;
-  b.images_per_chunk = std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, x_bytes + grad_bytes), 1, a.n);
-  int64_t row_bytes = ceil_div(x_bytes + grad_bytes, a.p);
-  b.rows_per_block = b.images_per_chunk > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / std::max<int64_t>(1, row_bytes), 1, a.p);
-
+  int64_t grad_values = b.exchange ? a.k : a.groups * b.row_tiles * b.rows;
+  int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * grad_values * element;
+  int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
+  b.images_per_block = std::clamp<int64_t>(kOuterBlockBytes / (row_bytes * a.p), 1, std::max<int64_t>(1, a.n / kSplits));
+  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / row_bytes, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
+  int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
+  b.splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, std::min(blocks, kSplits));
+  b.parts = std::min(f.threads / std::gcd<int64_t>(f.threads, b.splits), a.groups * b.row_tiles);
+
   b.sums = ws.take(b.splits * b.sums_of_split * element);
-  int64_t x_rows = std::min(b.staged_h, (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1);
-  if (b.merge_taps) {
-    b.x = ws.take(b.images_per_chunk * x_bytes);
-    b.grad = ws.take(b.stage_grad ? b.images_per_chunk * grad_bytes : 0);
-  } else {
-    b.x = ws.take(b.images_per_chunk * x_rows * b.staged_w * x_values * element);
-    b.grad = ws.take(b.images_per_chunk * b.rows_per_block * a.q * grad_values * element);
-  }
+  int64_t x_rows = (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1;
+  if (!b.merge_taps) x_rows = std::min(x_rows, a.h);
+  // The last vectors of a run may reach beyond it.
+  b.x_elements = ceil_div(b.images_per_block * x_rows * b.staged_w * x_values, lanes) * lanes + b.vectors * lanes;
+  int64_t grad_elements = b.stage_grad ? b.images_per_block * b.rows_per_block * a.q * grad_values : 0;
+  b.scratch_bytes = ceil_div((b.x_elements + grad_elements) * element, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
 
@@ -324,7 +372,7 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
   // The direct kernels for few channels fill their vectors.
   double direct = double(a.n * b.dst_h * b.dst_w) * 9 * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
   if (pass == Pass::weight_grad) {
-    if (can_merge_taps(a)) return false;
+    if (merge_few_channels(a)) return false;
     double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
     return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
   }
@@ -352,6 +400,9 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
+  } else if (use_pointwise(a, pass)) {
+    plan.kernel = ConvKernel::pointwise;
+    plan.pointwise = plan_pointwise(a, pass, f, ws);
   } else if (use_planes(a, pass, f)) {
     plan.kernel = ConvKernel::planes;
     plan.planes = plan_planes(a, pass, f, ws);
@@ -371,7 +422,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     case ConvKernel::rows: {
       const RowsPlan& b = plan.rows;
       out += "rows_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
-             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.across_images ? " across images" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
              num(b.images_per_chunk) + " images a chunk";
       if (b.stage_src || b.stage_dst)
         out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.stage_dst ? " output" : "");
@@ -382,12 +433,17 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns);
       break;
     }
+    case ConvKernel::pointwise: {
+      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task";
+      break;
+    }
     case ConvKernel::outer: {
       const OuterPlan& b = plan.outer;
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
-             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + ", " + num(b.images_per_chunk) + " images x " +
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + num(b.images_per_block) + " images x " +
              num(b.rows_per_block) + " rows a block";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
+      if (b.parts > 1) out += " x " + num(b.parts) + " parts";
       out += b.stage_grad ? ", staged input and gradient" : ", staged input";
       break;
     }

@@ -17,9 +17,9 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, planes, outer, depthwise, winograd };
+enum class ConvKernel { rows, planes, pointwise, outer, depthwise, winograd };
 
-// Output channels of a group up to which pixels, not channels, are the lanes of a vector.
+// Output channels of a register tile whose lanes are pixels, and of a group up to which they are.
 constexpr int kPlanesChannels = 8;
 
 // A piece of the workspace, in bytes from its start. Pieces are cache-line aligned.
@@ -34,6 +34,7 @@ struct RowsPlan {
   bool input_grad;          // source pixel of (dst pixel, tap): divide by the stride instead of multiplying
   bool merge_taps;          // few channels: the taps of a filter row and their channels are one run of a padded copy
   bool stage_src, stage_dst;  // through a channels-last copy in the arithmetic's type, a few images at a time
+  bool across_images;       // a tile takes the same pixel of many images, so that all its rows have the same taps in the padding
   bool stream;              // write past the caches
   int64_t staged_h, staged_w;  // size of a staged source image (padded when merge_taps)
   int64_t taps, depth;      // pointers a row, and channels behind each
@@ -47,7 +48,7 @@ struct RowsPlan {
   int64_t table_bytes;      // of one thread
 };
 
-// Forward and input gradient with few output channels a group: through a copy in planes, vectors of pixels.
+// Forward and input gradient with few channels a group: through a copy in planes, vectors of pixels.
 struct PlanesPlan {
   bool input_grad;
   int64_t rows_per_task;    // of the output
@@ -61,21 +62,35 @@ struct PlanesPlan {
   int64_t scratch_bytes;    // of one thread
 };
 
+// 1x1 filters and contiguous tensors, forward and input gradient: filters times panels of pixels.
+struct PointwisePlan {
+  bool input_grad;
+  int64_t panels_per_task;  // copied, and multiplied with all filters
+  bool stream;              // write past the caches
+  int64_t chain;            // products summed before they are added to a total
+  Piece weights, scratch;
+  int64_t scratch_bytes;    // of one thread
+};
+
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
-  bool merge_taps;          // x is copied as padded images; else x and the gradient as panels, a block at a time
+  bool merge_taps;          // the taps of a filter row and their channels are one run of a padded copy of x
+  bool exchange;            // values of x are rows and filters columns, of the gradient where it lies if that may be
   bool stage_grad;
-  int64_t staged_h, staged_w;
+  int64_t staged_w;
   int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
   int64_t row_values, column_values, columns_padded;  // of a group
   int vectors, rows;
   int64_t row_tiles, column_tiles;
-  int64_t splits;           // partial sums over parts of the output rows, added in order
+  int64_t images_per_block, rows_per_block;
+  int64_t splits;           // partial sums over parts of the blocks, added in order
+  int64_t parts;            // tasks that share the tiles of a split
   int64_t chain;            // pixels summed before they are added to the sums in memory
-  int64_t images_per_chunk, rows_per_block;
   int64_t sums_of_split;    // elements
-  Piece sums, x, grad;
+  Piece sums, scratch;
+  int64_t x_elements;       // of a task's copy of x; the gradient's follows
+  int64_t scratch_bytes;    // of one thread
 };
 
 // Depthwise, all three passes: a vector of channels at a time.
@@ -120,6 +135,7 @@ struct ConvPlan {
   ConvKernel kernel;
   RowsPlan rows;
   PlanesPlan planes;
+  PointwisePlan pointwise;
   OuterPlan outer;
   DepthwisePlan depthwise;
   WinogradPlan winograd;

@@ -1,4 +1,5 @@
-// Forward and input gradient where a group has few output channels: vectors of pixels instead of vectors of channels.
+// Forward and input gradient where a group has few output channels, or few input channels that are planes already: vectors
+// of pixels instead of vectors of channels.
 //
 // With 3 channels to compute, 13 of 16 lanes of a vector of channels would be idle. Here a lane is a pixel of a row: the
 // sums of MC channels x NV vectors of neighbouring pixels stay in registers, each step loads NV vectors of a source row and
@@ -82,14 +83,14 @@ template <class S> struct Planes {
   const ConvProblem& p = a.problem;
   const PlanesPlan& plan = a.plan.planes;
   char* ws = static_cast<char*>(a.workspace);
-  T* weights = reinterpret_cast<T*>(ws + plan.weights.offset);  // [group][source channel][r][s][channel]
+  T* weights = reinterpret_cast<T*>(ws + plan.weights.offset);  // [group][tile][source channel][r][s][channel of the tile]
   int64_t src_h = plan.input_grad ? p.p : p.h, src_w = plan.input_grad ? p.q : p.w, src_c = plan.input_grad ? p.k : p.c;
   int64_t dst_h = plan.input_grad ? p.h : p.p, dst_w = plan.input_grad ? p.w : p.q, dst_c = plan.input_grad ? p.c : p.k;
   int64_t src_cg = src_c / p.groups, dst_cg = dst_c / p.groups, taps = p.r * p.s;
   // Forward, neighbouring outputs are a stride apart in the source; going back, a stride apart in the destination.
   int64_t sorted = plan.input_grad ? 1 : p.stride_w, phases = plan.input_grad ? min_of(p.stride_w, dst_w) : 1;
   int64_t row_size = sorted * plan.columns;
-  bool streamed = plan.stream && dst_c % L == 0 && plan.bundle * dst_cg % L == 0 && streamable(a.dst);
+  bool streamed = plan.stream && streamable(a.dst) && (p.layout == Layout::nchw ? dst_w % L == 0 : dst_c % L == 0 && plan.bundle * dst_cg % L == 0);
 
   Planes(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -101,15 +102,26 @@ template <class S> struct Planes {
     parallel(pool, p.groups * src_cg, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const S* filter = from + i / src_cg * filters_of_group * st.k + i % src_cg * source_stride;
-        T* to = weights + i * taps * dst_cg;
-        for (int64_t tap = 0; tap < taps; ++tap)
-          for (int64_t m = 0; m < dst_cg; ++m) *to++ = get(filter + tap / p.s * st.r + tap % p.s * st.s + m * stride);
+        for (int64_t first = 0; first < dst_cg; first += kPlanesChannels) {
+          int64_t channels = min_of<int64_t>(kPlanesChannels, dst_cg - first);
+          T* to = weights + (i / src_cg * dst_cg + first) * src_cg * taps + i % src_cg * taps * channels;
+          for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t m = 0; m < channels; ++m) *to++ = get(filter + tap / p.s * st.r + tap % p.s * st.s + (first + m) * stride);
+        }
       }
     });
   }
 
   // Where column x (from -plan.left on) of a staged row stands.
   int64_t place(int64_t x) const { return sorted == 1 ? x + plan.left : (x + plan.left) % sorted * plan.columns + (x + plan.left) / sorted; }
+
+  // A row of the image, `step` elements from pixel to pixel, to its places.
+  void sort(const S* line, int64_t step, T* to) const {
+    for (int64_t first = 0; first < min_of(sorted, src_w); ++first) {
+      T* at = to + place(first);
+      for (int64_t x = first; x < src_w; x += sorted) *at++ = get(line + x * step);
+    }
+  }
 
   // Rows [first, first + plan.rows) of channels [channel, channel + channels) -> planes[channel][row][place]. What is left
   // and right of the image is zero already.
@@ -125,15 +137,23 @@ template <class S> struct Planes {
         for (int64_t c = 0; c < channels; ++c) {
           const S* line = image + ((channel + c) * src_h + first + i) * src_w;
           if (sorted == 1) copy_values(line, to + c * plane + plan.left, src_w);
-          else for (int64_t x = 0; x < src_w; ++x) to[c * plane + place(x)] = get(line + x);
+          else sort(line, 1, to + c * plane);
         }
       } else {
         const S* line = image + (first + i) * src_w * src_c + channel;
         if (sorted == 1) transpose_block(line, src_c, to + plan.left, plane, src_w, channels);
-        else for (int64_t x = 0; x < src_w; ++x)
-          for (int64_t c = 0; c < channels; ++c) to[c * plane + place(x)] = get(line + x * src_c + c);
+        else for (int64_t c = 0; c < channels; ++c) sort(line + c, src_c, to + c * plane);
       }
     }
+  }
+
+  void write_row(const T* out, S* to) const {
+    if constexpr (sizeof(S) == sizeof(T))
+      if (streamed) {
+        for (int64_t j = 0; j < dst_w; j += L) stream(to + j, load(out + j));
+        return;
+      }
+    copy_values(out, to, dst_w);
   }
 
   // Finished rows, out[channel][row][phase][plan.outputs], to rows [first, last) of the destination.
@@ -149,7 +169,7 @@ template <class S> struct Planes {
         S* to = image + (nchw ? ((channel + m) * dst_h + i) * dst_w : i * dst_w * dst_c + channel + m);
         int64_t step = nchw ? 1 : dst_c;
         if (phases == 1) {
-          copy_values(out + m * channel_size, to, dst_w);
+          write_row(out + m * channel_size, to);
           continue;
         }
         for (int64_t phase = 0; phase < phases; ++phase)
@@ -158,16 +178,16 @@ template <class S> struct Planes {
     }
   }
 
-  // Rows [first, last) of one group: phase by phase, vectors of all rows of a phase in turn.
-  void compute(const T* planes, int64_t group, int64_t first, int64_t last, T* out, int64_t* offsets, int32_t* numbers) const {
-    int64_t most = most_vectors(int(dst_cg)), out_row = phases * plan.outputs, phases_h = plan.input_grad ? p.stride_h : 1;
+  // Rows [first, last) of `channels` of a group: phase by phase, vectors of all rows of a phase in turn.
+  void compute(const T* planes, const T* weights, int64_t channels, int64_t first, int64_t last, T* out, int64_t* offsets, int32_t* numbers) const {
+    int64_t most = most_vectors(int(channels)), out_row = phases * plan.outputs, phases_h = plan.input_grad ? p.stride_h : 1;
     PlanesTile<T> tile;
     int64_t from[8], to[8];
     tile.x = planes, tile.from = from, tile.to = to;
     tile.channels = src_cg, tile.plane = plan.rows * row_size;
     tile.offsets = offsets, tile.taps = numbers;
-    tile.weights = weights + group * src_cg * taps * dst_cg;
-    tile.weights_of_channel = taps * dst_cg;
+    tile.weights = weights;
+    tile.weights_of_channel = taps * channels;
     tile.out = out, tile.out_stride = plan.rows_per_task * out_row;
     for (int64_t i = first; i < min_of(last, first + phases_h); ++i)
       for (int64_t phase = 0; phase < phases; ++phase) {
@@ -190,7 +210,7 @@ template <class S> struct Planes {
             from[v] = row * row_step + column;
             to[v] = (i - first + row * phases_h) * out_row + phase * plan.outputs + column;
           }
-          planes_tile_for<T>(int(dst_cg), int(count))(tile);
+          planes_tile_for<T>(int(channels), int(count))(tile);
         }
       }
   }
@@ -218,7 +238,10 @@ template <class S> struct Planes {
         for (int64_t group = 0; group < p.groups; group += plan.bundle) {
           int64_t groups = min_of(plan.bundle, p.groups - group);
           stage(src, group * src_cg, groups * src_cg, source_row(first), planes);
-          for (int64_t g = 0; g < groups; ++g) compute(planes + g * src_cg * plane, group + g, first, last, out + g * dst_cg * out_channel, offsets, numbers);
+          for (int64_t g = 0; g < groups; ++g)
+            for (int64_t m = 0; m < dst_cg; m += kPlanesChannels)
+              compute(planes + g * src_cg * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kPlanesChannels, dst_cg - m), first,
+                      last, out + (g * dst_cg + m) * out_channel, offsets, numbers);
           finish(out, group * dst_cg, groups * dst_cg);
           emit(out, dst, group * dst_cg, groups * dst_cg, first, last);
         }

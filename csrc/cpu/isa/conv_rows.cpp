@@ -15,11 +15,12 @@ namespace {
 // Walks output pixels in the order the tiles take them.
 struct Cursor {
   int64_t height, width, step_h, step_w;
+  int64_t images;  // where the same pixel of all images comes first; else 0, and image comes after image
   int64_t image, phase_h, phase_w, h, w;
 
   void seek(int64_t pixel) {
-    image = pixel / (height * width);
-    pixel %= height * width;
+    image = images > 0 ? pixel % images : pixel / (height * width);
+    pixel = images > 0 ? pixel / images : pixel % (height * width);
     for (phase_h = 0; phase_h < step_h; ++phase_h)
       for (phase_w = 0; phase_w < step_w; ++phase_w) {
         int64_t across = ceil_div(width - phase_w, step_w), count = ceil_div(height - phase_h, step_h) * across;
@@ -33,6 +34,10 @@ struct Cursor {
   }
 
   void next() {
+    if (images > 0) {
+      if (++image < images) return;
+      image = 0;
+    }
     if ((w += step_w) < width) return;
     w = phase_w;
     if ((h += step_h) < height) return;
@@ -139,8 +144,8 @@ template <class S> struct Rows {
     return t;
   }
 
-  template <class D> void fill_table(const Table<D>& t, const T* src, D* dst, int64_t first_pixel, int64_t pixels) const {
-    Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, 0, 0, 0, 0, 0};
+  template <class D> void fill_table(const Table<D>& t, const T* src, D* dst, int64_t images, int64_t first_pixel, int64_t pixels) const {
+    Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, plan.across_images ? images : 0, 0, 0, 0, 0, 0};
     at.seek(first_pixel);
     int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
     int64_t MR = plan.rows;
@@ -153,11 +158,16 @@ template <class S> struct Rows {
       if (!plan.input_grad) {
         Cursor start = at;
         bool clear = true;
-        for (int64_t m = 0; m < valid; ++m, at.next()) {
+        for (int64_t m = 0; m < valid;) {  // neighbours of a row at a time
+          int64_t run = min_of(valid - m, plan.dst_w - at.w), step = p.stride_w * plan.src_c;
           int64_t y = at.h * p.stride_h - top, x = at.w * p.stride_w - left;
-          clear &= y >= 0 && x >= 0 && y + reach_h < plan.staged_h && x + reach_w < plan.staged_w;
-          rows[m] = src + at.image * image_size + y * row_size + x * plan.src_c;
-          t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
+          clear &= y >= 0 && x >= 0 && y + reach_h < plan.staged_h && x + (run - 1) * p.stride_w + reach_w < plan.staged_w;
+          const T* from = src + at.image * image_size + y * row_size + x * plan.src_c;
+          D* to = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
+          for (int64_t j = 0; j < run; ++j, ++m, from += step, to += plan.dst_c) rows[m] = from, t.dst[tile * MR + m] = to;
+          if ((at.w += run) < plan.dst_w) continue;
+          at.w = 0;
+          if (++at.h == plan.dst_h) at.h = 0, ++at.image;
         }
         if (clear) {
           for (int64_t m = valid; m < MR; ++m) rows[m] = rows[0];
@@ -207,7 +217,7 @@ template <class S> struct Rows {
       for (int64_t i = begin; i < end; ++i) {
         int64_t block = i / columns, group = i % columns / plan.column_tiles, tile_column = i % plan.column_tiles;
         int64_t first = block * block_pixels, count = min_of(block_pixels, pixels - first);
-        if (block != in_table) fill_table(table, src, dst, first, count);
+        if (block != in_table) fill_table(table, src, dst, images, first, count);
         in_table = block;
         RowsTile<T, D> tile;
         tile.depth = plan.depth;
@@ -220,6 +230,7 @@ template <class S> struct Rows {
         tile.bias = a.bias == nullptr ? nullptr : bias() + (group * plan.column_tiles + tile_column) * width;
         tile.relu = a.relu;
         tile.streamed = streamed;
+        tile.ahead = plan.across_images ? 0 : plan.rows * plan.src_c * (plan.input_grad ? 1 : p.stride_w);
         for (int64_t t = 0; t * plan.rows < count; ++t) {
           tile.rows = table.rows + t * plan.taps * plan.rows;
           bool clear = table.tap_count[t] < 0;

@@ -33,12 +33,14 @@ template <class T, class S> struct RowsTile {
   int64_t chain;          // products summed before they are added to a total
   int64_t row_offset;     // added to every pointer: the group's first channel
   const T* panel;         // [tap][depth][NV * lanes]
+  int64_t ahead = 0;      // where the next tile reads, in elements from this one's first row: fetched meanwhile
   S* const* dst;          // [MR]
   int64_t dst_offset;
   int valid_rows;
   int columns;            // valid columns, at most NV * lanes
   const T* scale;         // per column or null
   const T* bias;          // per column or null
+  const T* row_bias = nullptr;  // per row or null
   bool relu;
   bool streamed;          // write past the caches: every dst + dst_offset is aligned, and columns are whole vectors
 };
@@ -68,7 +70,9 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
         chain = 0;
       }
       chain += piece;
-      for (; d + U <= end; d += U, w += U * NV * L) {
+      const T* next = row[0] + a.ahead + d * MR;
+      for (; d + U <= end; d += U, w += U * NV * L, next += U * MR) {
+        __builtin_prefetch(next);
         vec<T> weights[U][NV];
         CONVKIT_UNROLL for (int u = 0; u < U; ++u)
           CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = load(w + (u * NV + v) * L);
@@ -100,6 +104,11 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
       vec<T> bias = load(a.bias + v * L);
       CONVKIT_UNROLL for (int m = 0; m < MR; ++m) acc[m][v] += bias;
+    }
+  if (a.row_bias != nullptr)
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+      vec<T> bias = broadcast(a.row_bias[m]);
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += bias;
     }
   if (a.relu)
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m)

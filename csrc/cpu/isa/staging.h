@@ -75,12 +75,23 @@ struct Image {
 
 constexpr int64_t kPixelsPerTask = 256;
 
+// Row `row` of an image -> a channels-last row of staged_w pixels of which pixel `left` is the image's first; zero around
+// it, and zero all over where the image has no such row. A staged row may end before the image does, where no tap reaches.
+template <class S>
+CONVKIT_INLINE void stage_row(const S* src, Image image, int64_t row, int64_t left, int64_t staged_w, compute_t<S>* to) {
+  int64_t columns = max_of<int64_t>(0, min_of(image.w, staged_w - left));
+  if (row < 0 || row >= image.h || columns == 0) return fill_zero(to, staged_w * image.c);
+  fill_zero(to, left * image.c);
+  stage_pixels(src, image.layout, image.h * image.w, image.c, row * image.w, columns, 0, image.c, to + left * image.c, image.c);
+  fill_zero(to + (left + columns) * image.c, (staged_w - left - columns) * image.c);
+}
+
 // Images [first, first + images) -> channels-last images of staged_h x staged_w pixels whose pixel (top, left) is the
-// source's first; zero around it. A staged image may end before the source does, where no tap reaches.
+// source's first; zero around it.
 template <class S>
 void stage_images(const Pool& pool, const S* src, Image image, int64_t first, int64_t images, int64_t top, int64_t left,
                   int64_t staged_h, int64_t staged_w, compute_t<S>* staged) {
-  int64_t hw = image.h * image.w, row_size = staged_w * image.c;
+  int64_t hw = image.h * image.w;
   src += first * hw * image.c;
   if (staged_h == image.h && staged_w == image.w && top == 0 && left == 0) {
     int64_t pieces = ceil_div(hw, kPixelsPerTask);
@@ -94,18 +105,8 @@ void stage_images(const Pool& pool, const S* src, Image image, int64_t first, in
     return;
   }
   parallel(pool, images * staged_h, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t row = i % staged_h - top, columns = max_of<int64_t>(0, min_of(image.w, staged_w - left));
-      compute_t<S>* to = staged + i * row_size;
-      if (row < 0 || row >= image.h || columns == 0) {
-        fill_zero(to, row_size);
-        continue;
-      }
-      fill_zero(to, left * image.c);
-      stage_pixels(src + i / staged_h * hw * image.c, image.layout, hw, image.c, row * image.w, columns, 0, image.c,
-                   to + left * image.c, image.c);
-      fill_zero(to + (left + columns) * image.c, (staged_w - left - columns) * image.c);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      stage_row(src + i / staged_h * hw * image.c, image, i % staged_h - top, left, staged_w, staged + i * staged_w * image.c);
   });
 }
 

@@ -10,6 +10,7 @@ namespace convkit::cpu::CONVKIT_ISA {
 void conv_rows(const ConvArgs&, const Pool&);
 void conv_outer(const ConvArgs&, const Pool&);
 void conv_planes(const ConvArgs&, const Pool&);
+void conv_pointwise(const ConvArgs&, const Pool&);
 void depthwise(const ConvArgs&, Pass, const Pool&);
 void winograd(const ConvArgs&, Pass, const Pool&);
 int64_t separable_workspace(const SeparableArgs&, const Pool&);
@@ -27,6 +28,7 @@ void conv(const ConvArgs& a, Pass pass, const Pool& pool) {
     case ConvKernel::rows: return conv_rows(a, pool);
     case ConvKernel::outer: return conv_outer(a, pool);
     case ConvKernel::planes: return conv_planes(a, pool);
+    case ConvKernel::pointwise: return conv_pointwise(a, pool);
     case ConvKernel::depthwise: return depthwise(a, pass, pool);
     case ConvKernel::winograd: return winograd(a, pass, pool);
   }
