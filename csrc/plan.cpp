@@ -31,6 +31,10 @@ constexpr int64_t kOuterSumsBytes = 4 << 20;
 constexpr int64_t kDepthwiseBytes = 512 << 10;
 // What a strip of a depthwise task may take of the first-level cache.
 constexpr int64_t kDepthwiseStripBytes = 24 << 10;
+// Source and outputs of a depthwise task on a small contiguous image: they stay in the first-level cache.
+constexpr int64_t kDepthwisePlanesBytes = 32 << 10;
+// Contiguous images up to this width are copied without padding: a run of whole vectors is worth more than rows without edges.
+constexpr int64_t kNarrowImage = 16;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
 // The planes of a task of the few-channel kernel, read and written.
@@ -271,6 +275,9 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
   bool in_order = !b.stage && a.c * element % 2048 == 0;
   b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  bool planes = b.stage && a.layout == Layout::nchw;
+  // The work of preparing a row is shared by the channels.
+  while (planes && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
   b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
   int64_t block_bytes = b.channel_block * element;
   b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
@@ -284,7 +291,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     b.staged_last = std::max((a.q - 1) * a.stride_w - a.pad_left + reach_w + 1, a.w);
   }
   // Padding or dilation far beyond the image: edges cost less than that many zeros.
-  if (b.staged_last - b.staged_first > 4 * src_w + 64) b.staged_first = 0, b.staged_last = src_w;
+  if (b.staged_last - b.staged_first > 4 * src_w + 64 || (planes && src_w <= kNarrowImage)) b.staged_first = 0, b.staged_last = src_w;
   int64_t width = b.staged_last - b.staged_first;
   auto source_rows = [&](int64_t rows) {
     return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
@@ -296,7 +303,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
     b.rows_per_task = ceil_div(b.rows_per_task, 2);
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
-  b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + b.rows_per_task * row_bytes, 64) * 64 : 0;
+  b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + (planes ? 2 : 1) * b.rows_per_task * row_bytes, 64) * 64 : 0;
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 

@@ -19,7 +19,7 @@ struct Kernels {
   void (*conv)(const ConvArgs&, Pass, const Pool&);
   int64_t (*separable_workspace)(const SeparableArgs&, const Pool&);
   void (*separable)(const SeparableArgs&, const Pool&);
-  int64_t (*channel_workspace)(const ChannelShape&);
+  int64_t (*channel_workspace)(const ChannelShape&, int threads);
   void (*channel_sum)(const ChannelShape&, const void* src, void* sums, void* workspace, const Pool&);
   void (*batch_norm_relu)(const BatchNormArgs&, const Pool&);
   void (*batch_norm_relu_grad)(const BatchNormArgs&, const Pool&);

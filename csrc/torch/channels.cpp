@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
 #endif
 #if !defined(CONVKIT_EMULATION)
   args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
-  Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
+  Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape, at::get_num_threads()), input);
   args.workspace = ws.mutable_data_ptr();
   cpu::kernels().batch_norm_relu(args, pool());
 #endif
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
 #if !defined(CONVKIT_EMULATION)
     if (!gpu::runs(input)) {
       args.stream = streams(x.nbytes(), cpu::cpu_facts(at::get_num_threads()));
-      Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape), input);
+      Tensor ws = workspace(cpu::kernels().channel_workspace(args.shape, at::get_num_threads()), input);
       args.workspace = ws.mutable_data_ptr();
       cpu::kernels().batch_norm_relu_grad(args, pool());
     }
@@ -224,7 +224,7 @@ Tensor channel_sum(const Tensor& grad) {
   }
 #endif
 #if !defined(CONVKIT_EMULATION)
-  Tensor ws = workspace(cpu::kernels().channel_workspace(shape), grad);
+  Tensor ws = workspace(cpu::kernels().channel_workspace(shape, at::get_num_threads()), grad);
   cpu::kernels().channel_sum(shape, g.const_data_ptr(), out.mutable_data_ptr(), ws.mutable_data_ptr(), pool());
 #endif
   return out;

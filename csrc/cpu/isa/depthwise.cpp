@@ -2,8 +2,9 @@
 //
 // A task takes an image, a block of channels and a block of rows, and goes over it in strips of columns so narrow that
 // the source rows under a filter stay in the first-level cache from one row of outputs to the next. Channels-last float32
-// and float64 images are read and written where they are; everything else (contiguous layout, 16-bit types, images whose
-// pixels would push each other out of that cache) goes through a channels-last copy of just the task's part.
+// and float64 images are read and written where they are; everything else (contiguous layout, 16-bit types) goes through a
+// channels-last copy of just the task's part, while the next task's is on its way from memory. Small contiguous images
+// are copied as they are, all pixels in one run, larger ones row by row with the padding.
 #include "../kernels.h"
 #include "depthwise_run.h"
 #include "staging.h"
@@ -28,7 +29,14 @@ template <class S> struct Depthwise {
   int64_t blocks = ceil_div(p.c, plan.channel_block), vectors = ceil_div(p.c, L), filter = p.r * p.s * L;
   // Where the caller's tensor is as the kernels want it, they write it themselves.
   bool direct = !plan.stage || (sizeof(S) == sizeof(T) && p.layout == Layout::nhwc);
-  bool streamed = plan.stream && direct && p.c % L == 0 && streamable(a.dst);
+  bool aligned = plan.stream && sizeof(S) == sizeof(T) && streamable(a.dst);
+  bool streamed = aligned && direct && p.c % L == 0;
+  // Contiguous rows of outputs are whole lines, or the images of a block's channels together are, through one more copy.
+  bool streamed_planes = aligned && !direct && dst_h * dst_w % L == 0 && plan.rows_per_task * dst_w % L == 0;
+  bool streamed_block = aligned && !direct && !streamed_planes && plan.rows_per_task == dst_h && p.c * dst_h * dst_w % L == 0;
+
+  // Rows of the weight gradient at once: a short chain of sums, and rows that stay in the second-level cache for all channels of the block.
+  static constexpr int64_t kGradRun = 4;
 
   Depthwise(const ConvArgs& args, const Pool& threads, bool backwards) : a(args), pool(threads), input_grad(backwards) {}
 
@@ -59,8 +67,21 @@ template <class S> struct Depthwise {
     int64_t first_row, rows, first_column, columns, pixel, row;
   };
 
+  // What the next task reads of contiguous planes, asked for little by little while this one computes.
+  struct Ahead {
+    const char* at = nullptr;
+    int64_t width = 0, stride = 0, planes = 0, step = 0;  // bytes of each plane, from plane to plane; lines at a time
+    int64_t x = 0;
+    void some() {
+      for (int64_t i = 0; i < step && planes > 0; ++i) {
+        __builtin_prefetch(at + x, 0, 2);
+        if ((x += 64) >= width) x = 0, at += stride, --planes;
+      }
+    }
+  };
+
   // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0).
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, int64_t out_pixel, int64_t channel, int64_t channels) const {
+  void output_rows(const Source& src, int64_t first, int64_t last, T* out, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
     int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, output_pixels = input_grad ? 1 : p.stride_w;
     const T* weight = weights + channel / L * filter;
     DepthwiseRow<T> run;
@@ -82,6 +103,7 @@ template <class S> struct Depthwise {
         run.last = min_of(strip + plan.strip, ceil_div(dst_w - phase, phases));
         if (run.first >= run.last) continue;
         for (int64_t i = first; i < last; ++i) {
+          coming.some();
           Taps down = taps_at(i, p.r, p.stride_h, p.pad_top, p.dilation_h, input_grad);
           Range valid = inside(down.count, down.source_step, down.source - src.first_row, src.rows);
           run.out = out + ((i - first) * dst_w + phase) * out_pixel;
@@ -130,22 +152,58 @@ template <class S> struct Depthwise {
         const S* from = src + image * src_h * src_w * p.c;
         S* to = dst + image * dst_h * dst_w * p.c;
         Source part{reinterpret_cast<const T*>(from) + channel, 0, src_h, 0, src_w, p.c, src_w * p.c};
-        if (plan.stage) part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
+        Ahead coming;
+        if (plan.stage) {
+          part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
+          if (task + 1 < end) {
+            int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
+            Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
+            coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, last - first);
+          }
+        }
         if (direct) {
-          output_rows(part, first, last, reinterpret_cast<T*>(to) + first * dst_w * p.c + channel, p.c, channel, channels);
+          output_rows(part, first, last, reinterpret_cast<T*>(to) + first * dst_w * p.c + channel, p.c, channel, channels, coming);
         } else {
           T* out = scratch(thread) + plan.staged_elements;
-          output_rows(part, first, last, out, plan.channel_block, channel, channels);
-          unstage_pixels(out, plan.channel_block, to, p.layout, dst_h * dst_w, p.c, first * dst_w, (last - first) * dst_w, channel, channels);
+          output_rows(part, first, last, out, plan.channel_block, channel, channels, coming);
+          unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels);
         }
       }
-      if (streamed) fence();
+      if (aligned) fence();
     });
+  }
+
+  void unstage(const T* out, S* image, int64_t first, int64_t pixels, int64_t channel, int64_t channels) const {
+    int64_t hw = dst_h * dst_w;
+    S* to = image + channel * hw + first;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (streamed_planes) return transpose_block(out, plan.channel_block, to, hw, pixels, channels, true);
+      if (streamed_block) {
+        T* planes = const_cast<T*>(out) + plan.channel_block * hw;
+        transpose_block(out, plan.channel_block, planes, hw, pixels, channels);
+        for (int64_t i = 0; i < channels * hw; i += L) stream(to + i, load(planes + i));
+        return;
+      }
+    }
+    unstage_pixels(out, plan.channel_block, image, p.layout, hw, p.c, first, pixels, channel, channels);
+  }
+
+  // Of rows of h x w planes, in so many turns.
+  Ahead ahead(const S* tensor, int64_t image, int64_t channel, Range rows, int64_t h, int64_t w, int64_t turns) const {
+    if (p.layout != Layout::nchw) return {};
+    constexpr int64_t bytes = sizeof(S);
+    int64_t channels = min_of(plan.channel_block, p.c - channel), part = (rows.end - rows.begin) * w * bytes;
+    const char* at = reinterpret_cast<const char*>(tensor + ((image * p.c + channel) * h + rows.begin) * w);
+    int64_t step = ceil_div(part * channels, 64 * turns);
+    if (part == h * w * bytes) return {at, part * channels, 0, 1, step};
+    return {at, part, h * w * bytes, channels, step};
   }
 
   Source stage(const S* image, Range rows, int64_t channel, int64_t channels, T* to) const {
     int64_t width = plan.staged_last - plan.staged_first, row_size = width * plan.channel_block, left = -plan.staged_first;
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
+    if (width == src_w)
+      stage_pixels(image, p.layout, src_h * src_w, p.c, rows.begin * src_w, (rows.end - rows.begin) * src_w, channel, channels, to, plan.channel_block);
+    else for (int64_t r = rows.begin; r < rows.end; ++r) {
       T* line = to + (r - rows.begin) * row_size;
       fill_zero(line, left * plan.channel_block);
       stage_pixels(image, p.layout, src_h * src_w, p.c, r * src_w, src_w, channel, channels, line + left * plan.channel_block,
@@ -173,14 +231,20 @@ template <class S> struct Depthwise {
           Source part{reinterpret_cast<const T*>(image_x) + channel, 0, p.h, 0, p.w, p.c, p.w * p.c};
           const T* part_grad = reinterpret_cast<const T*>(image_grad) + first * p.q * p.c + channel;
           int64_t grad_pixel = p.c;
+          Ahead coming_x, coming_grad;
           if (plan.stage) {
             part = stage(image_x, clipped(source_rows(first, last), p.h), channel, channels, scratch(thread));
             T* staged_grad = scratch(thread) + plan.staged_elements;
             grad_pixel = plan.channel_block;
             stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, staged_grad, grad_pixel);
             part_grad = staged_grad;
+            if (unit + 1 < units * (split + 1) / plan.splits) {
+              int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(channels, L);
+              coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns * ceil_div(last - first, kGradRun));
+              coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns * ceil_div(last - first, kGradRun));
+            }
           }
-          accumulate(part, part_grad, grad_pixel, first, last, channels, sums);
+          accumulate(part, part_grad, grad_pixel, first, last, channels, sums, coming_x, coming_grad);
         }
       }
     });
@@ -199,8 +263,8 @@ template <class S> struct Depthwise {
   }
 
   // Adds output rows [first, last) to sums[vector of channels][r][s]; grad is pixel (first, 0).
-  void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums) const {
-    constexpr int64_t kRows = 4;  // a short chain of sums, and rows that stay in the second-level cache for all channels of the block
+  void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
+                  Ahead& coming_x, Ahead& coming_grad) const {
     DepthwiseGrad<T> run;
     run.grad_row = p.q * grad_pixel, run.grad_pixel = grad_pixel;
     run.row = src.row, run.pixel = src.pixel;
@@ -208,9 +272,10 @@ template <class S> struct Depthwise {
     run.filter_h = p.r, run.filter_w = p.s;
     run.origin_w = -p.pad_left - src.first_column;
     run.rows = src.rows, run.columns = src.columns;
-    for (int64_t i = first; i < last; i += kRows) {
+    run.grad_ahead = plan.stage ? 0 : kGradRun * run.grad_row, run.ahead = plan.stage ? 0 : kGradRun * p.stride_h * src.row;
+    for (int64_t i = first; i < last; i += kGradRun) {
       run.origin_h = i * p.stride_h - p.pad_top - src.first_row;
-      run.first_row = 0, run.last_row = min_of(kRows, last - i);
+      run.first_row = 0, run.last_row = min_of(kGradRun, last - i);
       for (int64_t strip = 0; strip < p.q; strip += plan.strip) {
         run.first = strip, run.last = min_of(p.q, strip + plan.strip);
         for (int64_t v = 0; v < channels; v += L) {
@@ -219,6 +284,7 @@ template <class S> struct Depthwise {
           run.lanes = int(min_of<int64_t>(L, channels - v));
           run.sums = sums + v / L * filter;
           depthwise_grad_dispatch(run);
+          coming_x.some(), coming_grad.some();
         }
       }
     }

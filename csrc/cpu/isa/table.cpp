@@ -15,7 +15,7 @@ void depthwise(const ConvArgs&, Pass, const Pool&);
 void winograd(const ConvArgs&, Pass, const Pool&);
 int64_t separable_workspace(const SeparableArgs&, const Pool&);
 void separable(const SeparableArgs&, const Pool&);
-int64_t channel_workspace(const ChannelShape&);
+int64_t channel_workspace(const ChannelShape&, int);
 void channel_sum(const ChannelShape&, const void*, void*, void*, const Pool&);
 void batch_norm_relu(const BatchNormArgs&, const Pool&);
 void batch_norm_relu_grad(const BatchNormArgs&, const Pool&);
