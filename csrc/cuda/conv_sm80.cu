@@ -170,7 +170,7 @@ struct Packing {
 
 // (group, column, depth as above) of each phase; 32 columns x 32 of the depth a block, all taps, which lie together in a
 // contiguous weight: that line of memory is found in the cache by the next tap.
-template <class S> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ Packing a) {
+template <class S> __global__ void __launch_bounds__(kPackThreads, 3) pack_kernel(const __grid_constant__ Packing a) {
   S* staged = reinterpret_cast<S*>(dynamic_shared());  // [depth][column]
   unsigned block = blockIdx.x;
   int depth0 = int(block % a.depth_tiles) * 32;
