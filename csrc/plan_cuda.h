@@ -37,7 +37,7 @@ struct DepthwiseNchwPlan {
 // A tile of the matrix product of a block, and how many warps share it along its rows and columns. A warp has 64 x 64
 // sums, 64 x 32 or 32 x 32. For each 32 bytes of depth it reads 64 x 64: 4 KiB of shared memory for 32 instructions of a
 // matrix product, 64 x 32: 3 KiB for 16, 32 x 32: 2 KiB for 8; the first alone leaves shared memory (128 bytes a cycle)
-// faster than the tensor cores (an instruction in 1.0 to 1.6 cycles of a multiprocessor).
+// faster than the tensor cores (an instruction in 1.0 to 1.6 cycles of a multiprocessor: estimates, not measured).
 struct TensorTile {
   int rows, columns, warp_rows, warp_columns;
   constexpr int threads() const { return 32 * warp_rows * warp_columns; }

@@ -169,8 +169,8 @@ struct Packing {
 };
 
 // (group, column, depth as above) of each phase; 32 columns x 32 of the depth a block, all taps, which lie together in a
-// contiguous weight.
-template <class S> __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ Packing a) {
+// contiguous weight: that line of memory is found in the cache by the next tap.
+template <class S> __global__ void __launch_bounds__(kPackThreads, 3) pack_kernel(const __grid_constant__ Packing a) {
   S* staged = reinterpret_cast<S*>(dynamic_shared());  // [depth][column]
   unsigned block = blockIdx.x;
   int depth0 = int(block % a.depth_tiles) * 32;
@@ -184,6 +184,7 @@ template <class S> __global__ void __launch_bounds__(kPackThreads) pack_kernel(c
   const S* weight = static_cast<const S*>(a.weight) + int64_t(group) * (a.by_filter ? a.columns : a.depth) * a.strides.k;
   S* packed = static_cast<S*>(a.packed) + phase.weight + int64_t(group) * a.columns * phase.pitch;
   bool columns_first = along_columns < along_depth;
+#pragma unroll 1
   for (int tap = 0; tap < phase.r * phase.s; ++tap) {
     const S* of_tap = weight + (phase.tap_h + tap / phase.s * phase.each_h) * a.strides.r + (phase.tap_w + tap % phase.s * phase.each_w) * a.strides.s;
     for (int i = slow; i < 32; i += kPackThreads / 32) {
