@@ -207,9 +207,7 @@ def run_reproduce(
     say(console, f"{Path(out) / 'reproduce.md'}, reproduce.json")
     failed = [result["name"] for result in results if result["verdict"] != "holds"]
     if failed:
-        error = LabError(
-            f"{len(failed)} of {len(results)} claims did not hold or could not be run: {', '.join(failed)}"
-        )
+        error = LabError(f"{len(failed)} of {len(results)} claims did not hold or were not run: {', '.join(failed)}")
         error.exit_code = 1
         raise error
     return results
@@ -217,7 +215,10 @@ def run_reproduce(
 
 def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: Any) -> dict[str, Any]:
     """Trains and tests what is not there yet; the entry of reproduce.json."""
+    from rich.console import Console
+
     started = time.perf_counter()
+    progress = console if console.is_terminal else Console(quiet=True)  # else hundreds of lines, which log.txt has
     found: dict[str, list[runs.Run]] = {name: [] for name in claim.arms}
     result = {"name": claim.name, "claim": claim.text, "source": claim.source, "seeds": seeds}
     try:
@@ -226,7 +227,7 @@ def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: 
                 if arm.one_seed and seed:
                     continue
                 recipe = _with_runs(dataclasses.replace(arm.recipe, seed=seed), found)
-                run = experiment.train_recipe(recipe, device, out=out, keep=True, console=console)
+                run = experiment.train_recipe(recipe, device, out=out, keep=True, console=progress)
                 if arm.measured:
                     error = experiment.test_error(run, device, again=False)
                     say(console, f"  {name}, seed {seed}: test error {error:.2f} %")

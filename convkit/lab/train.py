@@ -242,7 +242,9 @@ def fit(
                     display.epoch(row)
                 if board is not None:
                     for name, value in row.items():
-                        board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+                        split, _, what = name.partition("_")
+                        tag = f"{split}/{what}" if split in ("train", "val") else name
+                        board.add_scalar(tag, value, row["epoch"])
         except KeyboardInterrupt:
             message = (
                 f"interrupted in epoch {len(run.history) + 1} of {recipe.epochs}; {run.folder} holds the "
