@@ -177,8 +177,8 @@ def _list_recipes(console: Any) -> None:
     lines = []
     for recipe in recipes.RECIPES.values():
         claimed = "" if recipe.claimed_error is None else f"{recipe.claimed_error:g}"
-        lines.append([recipe.name, recipe.model, recipe.data, recipe.objective, str(recipe.epochs), claimed])
-    print_table(console, ["Recipe", "Network", "Data", "Objective", "Epochs", "Claimed\nerror %"], lines, right=(4, 5))
+        lines.append([recipe.name, f"{recipe.model}, {recipe.data}", str(recipe.epochs), claimed])
+    print_table(console, ["Recipe", "Network, data", "Epochs", "Claimed\nerror %"], lines, right=(2, 3))
 
 
 def _list_fields(console: Any, recipe: recipes.Recipe) -> None:
