@@ -48,9 +48,7 @@ __attribute__((noinline)) void product(const float* a, const float* b, float* c,
 
 using ProductFn = void (*)(const float*, const float*, float*, int64_t, bool, const float*, int64_t);
 
-#if defined(__AVX512F__)
-constexpr int kProductVectors = 4;
-#elif defined(__aarch64__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kProductVectors = 4;
 #else
 constexpr int kProductVectors = 2;
