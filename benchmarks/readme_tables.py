@@ -2,9 +2,10 @@
 what has run on a GPU.
 
 A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is
-the name of a file in benchmarks/results without its ``.json``. VIEW is left out for a result of ``make demo``; for one
-of ``convkit bench --json`` it is ``means``, or a family (dense, depthwise, batch-norm, nets). ``--check`` writes
-nothing and exits with status 1 where a table is not up to date. ``make readme-tables`` runs this.
+the name of a file in benchmarks/results without its ``.json``. For a result of ``convkit bench --json``, VIEW is
+``means``, or a family (dense, depthwise, batch-norm, nets); it is left out for one of ``make demo``, and for a
+reproduce.json. ``--check`` writes nothing and exits with status 1 where a table is not up to date. ``make
+readme-tables`` runs this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import gpu_report
 from convkit.bench import BenchError
 from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table, version
 from convkit.bench.results import Results
-from convkit.lab import LabError
+from convkit.lab import LabError, reproduce
 from convkit.lab.demo import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +46,8 @@ def read(path: Path) -> dict[str, Any]:
         raise SystemExit(f"no file {path.name} in {path.parent}; there are: {known or 'none'}") from None
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict) or not ("runs" in data or "rows" in data):
-        raise SystemExit(f"{path}: neither a result of `make demo` nor one of `convkit bench --json`")
+    if not isinstance(data, dict) or not data.keys() & {"runs", "claims", "rows"}:
+        raise SystemExit(f"{path}: not a result of `make demo`, `convkit reproduce` or `convkit bench --json`")
     return data
 
 
@@ -55,6 +56,10 @@ def demo_table(data: dict[str, Any]) -> str:
     runs = sorted(data["runs"].values(), key=lambda run: run["training_step"]["torch"]["median_ms"])
     table = results_table(runs)
     return markdown(table, "l" + "r" * (len(table[0]) - 1))
+
+
+def reproduce_table(data: dict[str, Any]) -> str:
+    return markdown(reproduce.table(data["claims"]), "llrrrlr")
 
 
 def bench_table(path: Path, view: str) -> str:
@@ -78,7 +83,11 @@ def filled(text: str, folder: Path) -> str:
     def table(found: re.Match) -> str:
         name, _, view = found[1].strip().partition(" ")
         path = folder / f"{name}.json"
-        content = demo_table(data) if "runs" in (data := read(path)) else bench_table(path, view.strip())
+        data = read(path)
+        if "rows" in data:
+            content = bench_table(path, view.strip())
+        else:
+            content = demo_table(data) if "runs" in data else reproduce_table(data)
         return f"<!-- table:{found[1]}-->\n{content}\n<!-- end -->"
 
     if len(MARK.findall(text)) != len(MARKED.findall(text)):
@@ -91,7 +100,11 @@ def listed(folder: Path) -> str:
     lines = [list(LIST_HEADS)]
     for path in sorted(folder.glob("*.json")):
         data = read(path)
-        lines.append([f"[{path.name}]({path.name})", *(_demo_facts(data) if "runs" in data else _bench_facts(path))])
+        if "rows" in data:
+            facts = _bench_facts(path)
+        else:
+            facts = _demo_facts(data) if "runs" in data else _reproduce_facts(data)
+        lines.append([f"[{path.name}]({path.name})", *facts])
     return (
         "# Results\n\nMeasured on these machines; the numbers of the project's README are made from these files. "
         "Made by `make readme-tables`.\n\n" + markdown(lines, "l" * len(LIST_HEADS)) + "\n\n" + on_gpus(folder) + "\n"
@@ -128,6 +141,16 @@ def _demo_facts(data: dict[str, Any]) -> list[str]:
         env["torch"],
         f"{env['convkit']} ({env['git'][:12]})",
     ]
+
+
+def _reproduce_facts(data: dict[str, Any]) -> list[str]:
+    envs = [env for claim in data["claims"] for env in claim["environments"]]
+
+    def all_of(text: str) -> str:
+        return ", ".join(dict.fromkeys(text.format_map(env) for env in envs))
+
+    where = all_of("{device}, {threads} threads")
+    return [f"`{data['command']}`", where, data["date"], all_of("{torch}"), all_of("{convkit} ({git!s:.12})")]
 
 
 def _bench_facts(path: Path) -> list[str]:

@@ -253,25 +253,44 @@ def _cutout(size: int) -> Step:
 # -------------------------------------------------------------------------------------------------------------- colour
 
 
-@_form("jitter:BRIGHTNESS,CONTRAST,SATURATION")
-def _jitter(brightness: float, contrast: float, saturation: float) -> Step:
-    """Three factors, each drawn from 1 ± its value, one after another, with values cut off at 0 and 1.
+@_form("jitter:BRIGHTNESS,CONTRAST,SATURATION[,HUE]")
+def _jitter(brightness: float, contrast: float, saturation: float, hue: float = 0) -> Step:
+    """Three factors, each drawn from 1 ± its value, and a turn of ± HUE, one after another, values cut off at 0 and 1.
 
     Brightness multiplies all values; contrast, their distance from the picture's mean grey; saturation, that from the
-    pixel's own grey (no change to pictures of one channel). Grey is 0.299 R + 0.587 G + 0.114 B.
+    pixel's own grey. Grey is 0.299 R + 0.587 G + 0.114 B. HUE is a part of the colour circle, up to 0.5. The last two
+    change nothing in pictures of one channel.
     """
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     for name, strength in strengths.items():
         _check(name, strength, 0, 1)
+    _check("hue", hue, 0, 0.5)
 
     def apply(images: Tensor, numbers: Tensor) -> Tensor:
-        factors = 1 + (2 * numbers - 1) * numbers.new_tensor(list(strengths.values()))
+        symmetric = 2 * numbers - 1
+        factors = 1 + symmetric[:, :3] * numbers.new_tensor(list(strengths.values()))
         bright, contrasting, colourful = factors.view(-1, 3, 1, 1, 1).unbind(1)
         images = (images * bright).clamp(0, 1)
         images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrasting).clamp(0, 1)
-        return torch.lerp(_grey(images), images, colourful).clamp(0, 1)
+        images = torch.lerp(_grey(images), images, colourful).clamp(0, 1)
+        return _turn_hue(images, hue * symmetric[:, 3]) if hue and images.shape[1] == 3 else images
 
-    return Step(3, apply)
+    return Step(4 if hue else 3, apply)
+
+
+def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Moves every pixel of (B, 3, H, W) along the colour circle of HSV by the ``turns`` (B,) of its picture.
+
+    Smith, "Color Gamut Transform Pairs", 1978; back from hue h in 0…6 each channel is V - C · min(k, 4 - k) cut off at
+    0 and 1, with k = n + h modulo 6 and n = 5, 3, 1 for R, G, B.
+    """
+    value, first = images.max(1)
+    chroma = value - images.amin(1)
+    red, green, blue = images.unbind(1)
+    differences = torch.stack([green - blue, blue - red, red - green], 1).gather(1, first.unsqueeze(1)).squeeze(1)
+    hue = differences / torch.where(chroma > 0, chroma, 1.0) + 2 * first + 6 * turns.view(-1, 1, 1)
+    k = (hue.unsqueeze(1) + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _grey(images: Tensor) -> Tensor:

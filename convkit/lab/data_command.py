@@ -121,5 +121,5 @@ def _examples(size: int) -> tuple[str, ...]:
         "rotate90",
         "affine:0.1,0.1,15,reflect",
         f"cutout:{max(size // 4, 1)}",
-        "jitter:0.4,0.4,0.4",
+        "jitter:0.4,0.4,0.4,0.1",
     )

@@ -7,6 +7,8 @@ folders. Those that are finished are kept: the same command goes on where it was
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ from convkit.lab import LabError, evaluate, experiment, recipes, require, runs
 from convkit.lab.commands import print_table, say
 from convkit.lab.recipes import Recipe
 
-__all__ = ["CLAIMS", "Arm", "Claim", "list_claims", "run_reproduce"]
+__all__ = ["CLAIMS", "Arm", "Claim", "list_claims", "run_reproduce", "table"]
 
 Errors = Mapping[str, Sequence[float]]
 """Of each arm, the test errors in percent of its seeds."""
@@ -191,6 +193,8 @@ def run_reproduce(
     console = console or Console()
     if threads is not None:
         torch.set_num_threads(threads)
+    command = " ".join(["convkit reproduce", *(names or ["--full" if full else "--quick"])])
+    command += f" --seeds {seeds}" * (seeds is not None) + f" --threads {threads}" * (threads is not None)
     for name in names:
         if name not in CLAIMS:
             hint = recipes.nearest(name, CLAIMS) or f"there are {', '.join(CLAIMS)}"
@@ -202,7 +206,7 @@ def run_reproduce(
     for claim in chosen:
         say(console, f"{claim.name}: {claim.text}.")
         results.append(_judged(claim, seeds or claim.seeds, place, Path(out), console))
-        _write(results, Path(out), place)
+        _write(results, Path(out), command)
     _print(console, results)
     say(console, f"{Path(out) / 'reproduce.md'}, reproduce.json")
     failed = [result["name"] for result in results if result["verdict"] != "holds"]
@@ -249,16 +253,20 @@ def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: 
             "mean": round(mean, 4),
             "std": round(std, 4) if len(values) > 1 else None,
             "parameters": found[name][0].parameters,
+            "training_seconds": [round(run.seconds, 1) for run in found[name]],
             "runs": [run.folder.name for run in found[name]],
             "recipe": dataclasses.asdict(found[name][0].recipe),
         }
-    seconds = {run.folder: run.seconds for group in found.values() for run in group}
+    trained = {run.folder: run for group in found.values() for run in group}
+    # Of the runs and not of this process: some may have been there before.
+    environments = [json.loads((folder / "env.json").read_text(encoding="utf-8")) for folder in trained]
     verdict = "holds" if claim.check(errors) else "does not hold"
     return {
         **result,
         "verdict": verdict,
-        "training_seconds": round(sum(seconds.values()), 1),
+        "training_seconds": round(sum(run.seconds for run in trained.values()), 1),
         "seconds": round(time.perf_counter() - started, 1),
+        "environments": [env for number, env in enumerate(environments) if env not in environments[:number]],
         "arms": arms,
     }
 
@@ -273,11 +281,9 @@ def _with_runs(recipe: Recipe, found: Mapping[str, Sequence[runs.Run]]) -> Recip
     return dataclasses.replace(recipe, **changes)
 
 
-HEADS = ["Claim", "Network", "Claimed error %", "Got", "Seeds", "Verdict", "Training seconds"]
-
-
-def _rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = []
+def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The ``claims`` of a reproduce.json as a table: heads, then a row a network, claims in their order."""
+    rows = [["Claim", "Network", "Claimed error %", "Got", "Seeds", "Verdict", "Training seconds"]]
     for result in results:
         head = [result["verdict"], f"{result.get('training_seconds', '')}"]
         if not result["arms"]:
@@ -291,10 +297,11 @@ def _rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _write(results: Sequence[Mapping[str, Any]], out: Path, device: torch.device) -> None:
-    env = runs.environment("convkit", device)
-    runs.write_json(out / "reproduce.json", {"environment": env, "claims": list(results)})
-    evaluate.write_table(out / "reproduce.md", HEADS, _rows(results))
+def _write(results: Sequence[Mapping[str, Any]], out: Path, command: str) -> None:
+    head = {"command": command, "date": datetime.date.today().isoformat()}
+    runs.write_json(out / "reproduce.json", head | {"claims": list(results)})
+    heads, *rows = table(results)
+    evaluate.write_table(out / "reproduce.md", heads, rows)
 
 
 def list_claims(console: Any = None) -> None:
@@ -309,4 +316,5 @@ def list_claims(console: Any = None) -> None:
 
 
 def _print(console: Any, results: Sequence[Mapping[str, Any]]) -> None:
-    print_table(console, HEADS, _rows(results), right=(2, 3, 4, 6))
+    heads, *rows = table(results)
+    print_table(console, [head.replace(" ", "\n", 1) for head in heads], rows, right=(2, 3, 4, 6))

@@ -51,6 +51,9 @@ __all__ = [
 SAVE_SECONDS = 60.0
 """How often last.pt is written within an epoch; at the end of an epoch it always is."""
 
+STEPS_UNREAD = {"cpu": 1, "cuda": 16}
+"""After how many steps their losses are read: on a GPU, who reads one waits until all that was asked for is done."""
+
 
 class NonFiniteLoss(LabError):
     """The loss became NaN or infinite; the checkpoint from before is kept."""
@@ -293,8 +296,10 @@ class _Training:
             self.network = nn.parallel.DistributedDataParallel(self.network)
         self.epoch = 0  # whole epochs done
         self.batch = 0  # batches done of the next
-        self.sums = torch.zeros(3, dtype=torch.float64)  # of them: loss, score, answers
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of them, over all processes: loss, score, answers
         self.seconds = 0.0  # of them
+        self.unread: list[tuple[int, float, Tensor]] = []  # steps that are not in sums: number, learning rate, parts
+        self.loss = math.nan  # the last one that was read
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -364,12 +369,13 @@ class _Training:
         self.model.train()
         for views, labels in self._batches(number):
             learning_rate = self.optimizer.param_groups[0]["lr"]
-            loss = self._step(views, labels, learning_rate, time.perf_counter() - saved > save_seconds)
-            display.step(loss)
-            if self.save_now:
+            due = self._step(views, labels, learning_rate, time.perf_counter() - saved > save_seconds)
+            display.step(self.loss)
+            if due:
                 self.seconds = before + time.perf_counter() - started
                 save()
                 saved = time.perf_counter()
+        self._read()
         trained = before + time.perf_counter() - started
         if self.world > 1:  # each has its own running statistics by now; the first one's count, as in every step
             for buffer in self.validated.buffers():
@@ -413,15 +419,15 @@ class _Training:
         for parts in zip(*views, strict=True):
             yield [_like(images, self.model) for images, _ in parts], parts[0][1]
 
-    def _step(self, views: list[Tensor], labels: Tensor, learning_rate: float, save: bool) -> float:
-        """One step of the optimizer; the mean loss of the whole batch. Sets ``save_now`` alike in all processes."""
+    def _step(self, views: list[Tensor], labels: Tensor, learning_rate: float, save: bool) -> bool:
+        """One step of the optimizer. Returns whether a process wants to ``save``, and the state now can be."""
         self.optimizer.zero_grad(set_to_none=True)
-        mine = len(labels) > 0
+        mine = len(labels)
         if not mine:  # more processes than pictures in the last batch: take part, without a say
             images, labels = next(self.data.train.batches(1))
             views = [_like(images, self.model)] * len(views)
         for norm in self.norms:
-            norm.counts = mine
+            norm.counts = mine > 0
         try:
             with _autocast(self.device, self.recipe.precision):
                 outcome = Outcome(*self.network(views[0], labels, *views[1:]))
@@ -432,15 +438,16 @@ class _Training:
                 f"{self.recipe.name}: batch norm cannot work on the last batch, of one picture: choose another "
                 f"batch_size than {self.recipe.batch_size}"
             ) from None
-        count = int(outcome.count) * mine
-        parts = [outcome.loss.item() * count if mine else 0.0, outcome.score.item() * mine, count, save]
-        parts = torch.tensor(parts, dtype=torch.float64)
-        total, score, answers, save = add_up(parts, self.device).tolist()
-        self.save_now = save > 0
-        step = self.epoch * self.batches + self.batch + 1
-        _check_finite(total / answers, "loss", step, learning_rate)  # before the step, which would ruin the weights
+        count = int(outcome.count) if mine else 0
+        loss, score = (value.detach().double() for value in (outcome.loss, outcome.score))
+        parts = torch.stack([loss * count, score, torch.full_like(loss, count)]) if mine else loss.new_zeros(3)
+        self.unread.append((self.epoch * self.batches + self.batch + 1, learning_rate, parts))
+        due = False
+        if len(self.unread) >= STEPS_UNREAD[self.device.type]:  # before the step, which a bad loss would ruin
+            due = self._read(save)
         # DistributedDataParallel takes the mean over the processes, whose parts can differ by a picture.
-        self.scaler.scale(outcome.loss * (self.world * count / answers)).backward()
+        batch = min(self.recipe.batch_size, len(self.data.train) - self.batch * self.recipe.batch_size)
+        self.scaler.scale(outcome.loss * (self.world * mine / batch)).backward()
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -450,9 +457,24 @@ class _Training:
             self.schedule.step()
         if self.average:
             self.average.update_parameters(self.model)
-        self.sums += torch.tensor([total, score, answers], dtype=torch.float64)
         self.batch += 1
-        return total / answers
+        return due
+
+    def _read(self, save: bool = False) -> bool:
+        """Adds the unread steps of all processes to ``sums``; whether a process wants to ``save``. Collective.
+
+        Raises NonFiniteLoss at the first step whose loss is not finite.
+        """
+        if not self.unread:
+            return False
+        mine = torch.stack([parts for *_, parts in self.unread]).flatten().cpu()
+        *values, wanted = add_up(torch.cat([mine, torch.tensor([save], dtype=torch.float64)]), self.device)
+        for (step, learning_rate, _), parts in zip(self.unread, torch.stack(values).view(-1, 3), strict=True):
+            self.loss = (parts[0] / parts[2]).item()
+            _check_finite(self.loss, "loss", step, learning_rate)
+            self.sums += parts
+        self.unread.clear()
+        return wanted > 0
 
 
 class _Loss(nn.Module):

@@ -81,7 +81,7 @@ def test_demo_table():
         ("<!-- table: cpu means -->\n", "has no '<!-- end -->'"),
         ("<!-- table: cpu means -->\n<!-- table: cpu means -->\n<!-- end -->\n", "has no '<!-- end -->'"),
         ("<!-- table: broken -->\n<!-- end -->\n", "cannot be read"),
-        ("<!-- table: other -->\n<!-- end -->\n", "neither a result of `make demo`"),
+        ("<!-- table: other -->\n<!-- end -->\n", "not a result of `make demo`, `convkit reproduce` or"),
     ],
 )
 def test_wrong_marks(tmp_path, text, message):

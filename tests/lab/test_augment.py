@@ -1,5 +1,7 @@
 """Augmentation: every step against its geometry, its distribution, and bad input."""
 
+import colorsys
+import itertools
 import math
 
 import numpy as np
@@ -18,6 +20,7 @@ EXAMPLES = [
     "affine:0.2,0.3,40,reflect",
     "cutout:4",
     "jitter:0.4,0.5,0.6",
+    "jitter:0.4,0.5,0.6,0.2",
 ]
 
 
@@ -215,6 +218,20 @@ def test_jitter_contrast_and_saturation():
     torch.testing.assert_close(change("jitter:0,0,1", images, 0.5, 0.5, 0.0), grey.expand_as(images))
     one_channel = torch.rand(4, 1, 6, 6)
     torch.testing.assert_close(change("jitter:0,0,1", one_channel, 0.5, 0.5, 0.9), one_channel)
+
+
+def test_jitter_hue_turns_the_colour_circle():
+    images = torch.rand(4, 3, 6, 6)
+    images[0, :, 0, 0] = 0.3  # grey has no hue
+    images[1, :, 0, 0] = torch.tensor([1.0, 0, 0])
+    images[2, :, 0, 0] = torch.tensor([0.5, 0.5, 0])
+    turned = change("jitter:0,0,0,0.5", images, 0.5, 0.5, 0.5, 0.8)  # by 0.3 of the circle
+    for i, y, x in itertools.product(range(4), range(6), range(6)):
+        hue, saturation, value = colorsys.rgb_to_hsv(*images[i, :, y, x].tolist())
+        expected = colorsys.hsv_to_rgb((hue + 0.3) % 1, saturation, value)
+        torch.testing.assert_close(turned[i, :, y, x], torch.tensor(expected), rtol=0, atol=1e-5)
+    grey = torch.rand(4, 1, 6, 6)
+    assert torch.equal(draw("jitter:0,0,0,0.5", grey), grey)
 
 
 # ----------------------------------------------------------------------------------------------- all steps, and parsing

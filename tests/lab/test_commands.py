@@ -188,7 +188,9 @@ def test_reproduce(convkit, small, claims, tmp_path):
     assert "taught, seed 1: test error" in out and "holds" in out
     folder = tmp_path / "runs" / "reproduce"
     report = json.loads((folder / "reproduce.json").read_text())
+    assert report["command"] == "convkit reproduce true"
     (claim,) = report["claims"]
+    assert [env["backend"] for env in claim["environments"]] == ["torch"]
     assert claim["verdict"] == "holds" and set(claim["arms"]) == {"teacher", "taught"}
     assert len(claim["arms"]["teacher"]["test_errors_percent"]) == 1
     taught = claim["arms"]["taught"]
