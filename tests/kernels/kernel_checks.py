@@ -76,9 +76,24 @@ def conv_options(problem: ConvProblem) -> dict[str, Any]:
     return {"stride": problem.stride, "padding": padding, "dilation": problem.dilation, "groups": problem.groups}
 
 
-def conv_sample(problem: ConvProblem, generator=None, bias: bool = True, activation: str | None = None) -> Sample:
-    x, weight, b, _ = (on_grid(t) for t in problem.tensors(generator))
+def conv_sample(
+    problem: ConvProblem,
+    generator=None,
+    bias: bool = True,
+    activation: str | None = None,
+    scale: bool = False,
+    residual: bool = False,
+    mixed: bool = False,
+) -> Sample:
+    """`mixed`: bias and scale in float32 whatever the input's dtype."""
+    x, weight, b, added = (on_grid(t) for t in problem.tensors(generator))
     tensors = {"input": x, "weight": weight} | ({"bias": b} if bias else {})
+    if scale:
+        tensors["scale"] = on_grid(torch.randn(problem.k, dtype=torch.float64, generator=generator).to(x.dtype))
+    if residual:
+        tensors["residual"] = added
+    if mixed:
+        tensors |= {name: tensors[name].float() for name in ("bias", "scale") if name in tensors}
     options = conv_options(problem) | {"activation": activation}
     return Sample("conv2d", tensors, options, before_relu=_linear if activation else None)
 
@@ -196,6 +211,10 @@ def small_samples(
         "conv2d depthwise": conv_sample(depthwise, generator),
         "conv2d one-sided": conv_sample(one_sided, generator),
         "conv2d 1x1": conv_sample(conv("n2c4h3w3k5r1s1"), generator),
+        "conv2d epilogue": conv_sample(dense, generator, True, "relu", scale=True, residual=True),
+        "conv2d scale": conv_sample(strided, generator, bias=False, scale=True),
+        "conv2d residual": conv_sample(conv("n2c4h3w3k5r1s1"), generator, residual=True),
+        "conv2d depthwise epilogue": conv_sample(depthwise, generator, True, "relu", scale=True, residual=True),
         "conv_transpose2d": transpose_sample(dense, generator),
         "conv_transpose2d no bias": transpose_sample(dense, generator, bias=False),
         "conv_transpose2d strided grouped dilated": transpose_sample(strided, generator),
@@ -231,6 +250,9 @@ def small_samples(
         samples[f"{name} unbatched"] = dataclasses.replace(
             samples[name], tensors=tensors | {"input": tensors["input"][0]}
         )
+    epilogue = samples["conv2d epilogue"]
+    one = {name: epilogue.tensors[name][0] for name in ("input", "residual")}
+    samples["conv2d epilogue unbatched"] = dataclasses.replace(epilogue, tensors=epilogue.tensors | one)
     for padding in ("same", "valid"):
         sample = conv_sample(conv("n1c3h5w8k2r2s4d1x2"), generator)
         samples[f"conv2d {padding}"] = dataclasses.replace(sample, options=sample.options | {"padding": padding})

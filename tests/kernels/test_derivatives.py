@@ -68,10 +68,11 @@ def test_gradgradcheck(name: str, layout: str):
     "sample",
     (
         conv_sample(ConvProblem.parse("n2c2h3w3k2r2s2p1x0_f64"), activation="relu"),
+        conv_sample(ConvProblem.parse("n1c2h3w3k2r2s2p1x0_f64"), activation="relu", scale=True, residual=True),
         transpose_sample(ConvProblem.parse("n1c2h4w3k2r2s3u2x1_f64")),
         batch_norm_sample(BatchNormProblem.parse("n2c2h2w2_f64+res")),
     ),
-    ids=lambda sample: sample.op,
+    ids=lambda sample: " ".join((sample.op, *sample.tensors)),
 )
 def test_gradgradcheck_of_every_entry(sample: Sample):
     """The fast mode above looks at a random combination of entries; some entry by entry."""
@@ -152,16 +153,20 @@ def backward_calls(sample: Sample, wanted: tuple[str, ...]) -> Calls:
     return calls
 
 
-CONV = conv_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"))
+CONV = conv_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"), scale=True, residual=True)
 TRANSPOSE = transpose_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"))
 
 
 @pytest.mark.parametrize("activation", (None, "relu"))
-@pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias")), ids="+".join)
+@pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias", "scale", "residual")), ids="+".join)
 def test_conv2d_computes_what_is_asked(wanted, activation):
     sample = dataclasses.replace(CONV, options=CONV.options | {"activation": activation})
-    operators = {"input": "conv2d_input_grad", "weight": "conv2d_weight_grad", "bias": "channel_sum"}
-    assert backward_calls(sample, wanted).names == sorted(operators[name] for name in wanted)
+    # The gradients of weight and scale come from the same sums; the residual's is what is there already.
+    operators = ["conv2d_input_grad"] * ("input" in wanted) + ["conv2d_weight_grad"] * bool(
+        {"weight", "scale"} & {*wanted}
+    )
+    operators += ["channel_sum"] * len({"bias", "scale"} & {*wanted})
+    assert backward_calls(sample, wanted).names == sorted(operators)
 
 
 @pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias")), ids="+".join)
