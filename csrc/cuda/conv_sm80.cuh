@@ -271,8 +271,8 @@ template <class C, bool residual> __device__ __forceinline__ void store_tile(con
           sum[i][j][y * 2 + x] = e.relu && !residual ? relu(v) : v;
         }
     }
-  // Calls f(staged, place in dst, whole) for this lane's chunks of 16 rows that exist: V neighbours, channels of a pixel or
-  // pixels of a channel, if whole, else a single element.
+  // Calls f(staged, place in dst, whether that exists, whole) for this lane's chunks of 16 rows: V neighbours, channels of a
+  // pixel or pixels of a channel, if whole, else for each of them.
   auto each_chunk = [&](int i, S* staged, auto&& f) {
     constexpr int across = C::warp_columns / V, down = 16 / V;
 #pragma unroll 1
@@ -280,19 +280,20 @@ template <class C, bool residual> __device__ __forceinline__ void store_tile(con
       int row = e.nhwc ? at / across : at % down * V, column = e.nhwc ? at % across * V : at / down;
       S* chunk = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
       int m = row0 + i * 16 + row, k = column0 + column;
-      if (m >= grid.rows || k >= columns) continue;
+      auto exists = [&](int position, int filter) { return position < grid.rows && filter < columns; };
       auto place = [&](int position, int filter) -> int64_t {
+        if (!exists(position, filter)) return 0;
         uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(position), x), y);
         int64_t dst_y = grid.dst_h + int64_t(y) * e.step_h, dst_x = grid.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
         return e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
       };
       if (e.vectors) {
-        f(chunk, place(m, k), std::true_type{});
+        f(chunk, place(m, k), exists(m, k), std::true_type{});
       } else {
 #pragma unroll 1
         for (int v = 0; v < V; ++v) {
           int position = e.nhwc ? m : m + v, filter = e.nhwc ? k + v : k;
-          if (position < grid.rows && filter < columns) f(chunk + v, place(position, filter), std::false_type{});
+          f(chunk + v, place(position, filter), exists(position, filter), std::false_type{});
         }
       }
     }
@@ -300,10 +301,10 @@ template <class C, bool residual> __device__ __forceinline__ void store_tile(con
   auto staged_of = [&](int i) { return reinterpret_cast<S*>(area + i % parts * bytes); };
   [[maybe_unused]] auto fetch = [&](int i) {
     if (i < C::m_tiles)
-      each_chunk(i, staged_of(i), [&](S* to, int64_t at, auto whole) {
+      each_chunk(i, staged_of(i), [&](S* to, int64_t at, bool exists, auto whole) {
         const S* from = static_cast<const S*>(e.residual) + at;
-        if constexpr (whole) ptx::copy_async_16(to, from);
-        else *to = *from;
+        if constexpr (whole) ptx::copy_async_16(to, from, exists ? 16 : 0);
+        else *to = exists ? *from : narrow<S>(0);
       });
     ptx::copy_async_commit();
   };
@@ -335,7 +336,8 @@ template <class C, bool residual> __device__ __forceinline__ void store_tile(con
         else *first = v.x, *second = v.y;
       }
     __syncwarp();
-    each_chunk(i, staged, [&](const S* from, int64_t at, auto whole) {
+    each_chunk(i, staged, [&](const S* from, int64_t at, bool exists, auto whole) {
+      if (!exists) return;
       if constexpr (whole) *reinterpret_cast<Vec<S>*>(dst + at) = *reinterpret_cast<const Vec<S>*>(from);
       else dst[at] = *from;
     });
