@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
 from convkit import reference
@@ -306,6 +307,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_pixels": expanded_pixels,
     "offset": offset,
 }
+
+
+class Calls(TorchDispatchMode):
+    """The convkit operators called inside, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "convkit":
+            self.calls.append((function._schema.name.split("::")[1], args))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(name for name, _ in self.calls)
 
 
 _device = torch.device("cpu")

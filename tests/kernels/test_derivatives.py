@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from kernel_checks import (
+    Calls,
     Sample,
     batch_norm_sample,
     conv_sample,
@@ -15,7 +16,6 @@ from kernel_checks import (
     small_samples,
     transpose_sample,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
 from convkit import reference
@@ -119,23 +119,6 @@ def test_third_derivative():
         if module is CF:
             ours = third
     torch.testing.assert_close(ours, third, rtol=1e-10, atol=1e-9)
-
-
-class Calls(TorchDispatchMode):
-    """The convkit operators called inside, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "convkit":
-            self.calls.append((function._schema.name.split("::")[1], args))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(name for name, _ in self.calls)
 
 
 def subsets(names):
