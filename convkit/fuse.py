@@ -199,9 +199,11 @@ def _joins(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor, residual: Any =
         return False
     if type(conv) is not cnn.Conv2d or conv.activation is not None or cnn.hooked(conv):
         return False
-    if not {"forward", "_conv_forward"}.isdisjoint(vars(conv)):
+    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
         return False
-    if not isinstance(input, Tensor) or input.dim() != 4 or torch.is_autocast_enabled(input.device.type):
+    if not isinstance(input, Tensor) or input.dim() != 4 or input.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(input.device.type):
         return False
     tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     channels = [tensor for tensor in tensors if tensor is not None]
