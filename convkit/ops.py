@@ -69,8 +69,8 @@ def _conv2d_setup(ctx, inputs, output):
 
 
 def _conv2d_backward(ctx, grad):
-    """With a scale s: y = s * conv2d(x, w) = conv2d(x, s * w), which spares products of the images' size. The sum of
-    grad * conv2d(x, w) over a filter's outputs, the gradient of its s, is <gw, w> of that filter, gw for s = 1."""
+    """With a scale s: y = s * conv2d(x, w) = conv2d(x, s * w), which spares products of the images' size. Only the
+    gradient of s needs conv2d(x, w) itself, which is computed again for it."""
     input, weight, scale, output = ctx.saved_tensors
     if output is not None:
         grad = relu_grad(grad, output)
@@ -79,20 +79,21 @@ def _conv2d_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         scaled = weight if factor is None else (weight * factor).to(weight.dtype)
         grad_input = ops.conv2d_input_grad(grad, scaled, ctx.input_size, *ctx.geometry, ctx.channels_last)
-    if ctx.needs_input_grad[1] or ctx.need_scale:
+    if ctx.needs_input_grad[1]:
         kernel = (ctx.filters, *ctx.kernel_size)
         grad_weight = ops.conv2d_weight_grad(grad, input, kernel, *ctx.geometry, ctx.channels_last)
-        if ctx.need_scale:
-            products = (grad_weight.to(compute_dtype(grad)) * weight).flatten(1)[None, :, :, None]
-            grad_scale = ops.channel_sum(products).to(scale.dtype)
-        if not ctx.needs_input_grad[1]:
-            grad_weight = None
-        elif factor is not None:
+        if factor is not None:
             grad_weight = (grad_weight * factor).to(grad.dtype)
+
+    def sums(images):
+        # A convolution of zero channels has an empty result (PyTorch's rule), which tells nothing of bias and scale.
+        return ops.channel_sum(images) if images.shape[1] else images.new_zeros(ctx.filters)
+
     if ctx.needs_input_grad[2]:
-        # A convolution of zero channels has an empty result (PyTorch's rule), which tells nothing of the bias.
-        wide = grad.to(ctx.bias_dtype)
-        grad_bias = ops.channel_sum(wide) if grad.shape[1] else wide.new_zeros(ctx.filters)
+        grad_bias = sums(grad.to(ctx.bias_dtype))
+    if ctx.need_scale:
+        bare = ops.conv2d(input, weight, None, *ctx.geometry, None)
+        grad_scale = sums(grad.to(compute_dtype(grad)) * bare).to(scale.dtype)
     grad_residual = grad if ctx.need_residual else None
     return grad_input, grad_weight, grad_bias, None, None, None, None, None, grad_scale, grad_residual
 
