@@ -102,21 +102,28 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d`, with an optional activation applied by the same kernel.
+    """``activation(scale * conv2d(input, weight) + bias + residual)`` in one kernel, each term optional.
+
+    Without ``scale``, ``residual`` and ``activation`` it is :func:`torch.nn.functional.conv2d`. Scale and bias are what
+    a batch norm in evaluation comes to. The result is rounded to the input's dtype once, after all terms are in.
 
     Args:
         input: (N, C, H, W) or (C, H, W).
         weight: (K, C / groups, R, S), of the input's dtype.
-        bias: (K,), of the input's dtype.
+        bias: (K,), of the input's dtype; beside a scale, float32 for a 16-bit input as well.
         stride, dilation: pixels, one integer or (height, width).
         padding: pixels of zeros: one integer, (height, width), ((top, bottom), (left, right)), ``"valid"`` (none) or
             ``"same"`` (stride 1; the output has the input's size).
         groups: from 1 (dense) to C (depthwise); C and K must be divisible by it.
         activation: ``None`` or ``"relu"``.
+        scale: (K,), of the input's dtype, or float32 for a 16-bit input. Autocast leaves it and its bias as they are.
+        residual: of the output's shape and the input's dtype, any strides.
 
     Returns:
-        (N, K, P, Q) or (K, P, Q).
+        (N, K, P, Q) or (K, P, Q), in the memory format that input and weight have, whatever the residual's.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that don't fit, a kernel larger than the padded input.
@@ -130,13 +137,15 @@ def conv2d(
     _tensor(input, op, "input", (3, 4), _IMAGES)
     _tensor(weight, op, "weight", (4,), "(K, C / groups, R, S)", input)
     _tensor(bias, op, "bias", like=input, optional=True)
+    _tensor(scale, op, "scale", like=input, optional=True)
+    batched = input.dim() == 4
+    _tensor(residual, op, "residual", (input.dim(),), "(N, K, P, Q)" if batched else "(K, P, Q)", input, optional=True)
     stride, dilation = _pair(stride, op, "stride"), _pair(dilation, op, "dilation")
     padding = _four_sided(padding, weight.shape[2:], stride, dilation, op)
     groups = _integer(groups, op, "groups")
-    batched = input.dim() == 4
-    output = ops.conv2d(
-        input if batched else input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation
-    )
+    if not batched:
+        input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+    output = ops.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, scale, residual)
     return output if batched else output.squeeze(0)
 
 

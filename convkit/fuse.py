@@ -2,8 +2,9 @@
 
 The forward is recorded with torch.fx (Reed et al., "torch.fx", 2021), its children staying calls by name, the record
 is rewritten, and the generated function runs in place of the forward while what was recorded still holds
-(:meth:`Fusion.holds`). A record shows only operators. What else a forward may do, and a record would lose or freeze
-(branches on the mode, random numbers, stored attributes, ``with`` blocks), is looked for, and such a forward is left.
+(:meth:`Fusion.holds`). In evaluation without gradients, a convolution that feeds the batch norm joins them. A record
+shows only operators. What else a forward may do, and a record would lose or freeze (branches on the mode, random
+numbers, stored attributes, ``with`` blocks), is looked for, and such a forward is left.
 """
 
 import copy
@@ -12,6 +13,7 @@ import functools
 import inspect
 import itertools
 import linecache
+import math
 import operator
 import pickle
 import random
@@ -26,7 +28,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import convkit.functional as CF
 import convkit.nn as cnn
+from convkit.ops import compute_dtype, out_size
 
 __all__ = ["FUSION", "ORIGINAL", "Fusion", "Site", "fuse", "fused_class"]
 
@@ -147,12 +151,87 @@ def _batch_norm_relu(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
 
 
 def _batch_norm_add_relu(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
-    alike = isinstance(residual, Tensor) and residual.shape == input.shape
-    if alike and residual.dtype == input.dtype and residual.device == input.device:
+    if _is_like(residual, input, input.shape):
         return cnn.BatchNormReLU2d.forward(norm, input, residual)
     # A sum that broadcasts or promotes can only be met at run time. It is PyTorch's to do, as before.
     output = norm(input)
     return torch.relu(output.add_(residual) if in_place else output + residual)
+
+
+def _conv_batch_norm_relu(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+    if _joins(conv, norm, input):
+        return _joined(conv, norm, input, None)
+    return _batch_norm_relu(norm, conv(input))
+
+
+def _conv_batch_norm_add_relu(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor, residual: Tensor, in_place: bool
+) -> Tensor:
+    if _joins(conv, norm, input, residual) and _is_like(residual, input, _output_shape(conv, input)):
+        return _joined(conv, norm, input, residual)
+    return _batch_norm_add_relu(norm, conv(input), residual, in_place)
+
+
+_FUSED = {_batch_norm_relu, _batch_norm_add_relu, _conv_batch_norm_relu, _conv_batch_norm_add_relu}
+
+
+def _is_like(residual: Any, input: Tensor, shape: tuple[int, ...]) -> bool:
+    alike = isinstance(residual, Tensor) and residual.shape == shape
+    return alike and residual.dtype == input.dtype and residual.device == input.device
+
+
+def _output_shape(conv: nn.Conv2d, input: Tensor) -> tuple[int, ...]:
+    if conv.padding_mode == "zeros":
+        padding = CF._four_sided(conv.padding, conv.kernel_size, conv.stride, conv.dilation, "conv2d")
+    else:
+        left, right, *height = conv._reversed_padding_repeated_twice
+        padding = *height, left, right
+    size = out_size(input.shape[2:], padding, conv.kernel_size, conv.stride, conv.dilation)
+    return input.shape[0], conv.out_channels, *size
+
+
+def _joins(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor, residual: Any = None) -> bool:
+    """Whether convolution and batch norm are one affine map now, and what the two would refuse is not there.
+
+    Gradients need what is between them, autocast gives it a dtype, hooks want to see it.
+    """
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return False
+    if type(conv) is not cnn.Conv2d or conv.activation is not None or cnn.hooked(conv):
+        return False
+    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
+        return False
+    if not isinstance(input, Tensor) or input.dim() != 4 or input.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(input.device.type):
+        return False
+    tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    channels = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled():
+        tensors = [input, residual, conv.weight, conv.bias, *channels]
+        if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+            return False
+    dtypes, shape = (input.dtype, compute_dtype(input)), conv.weight.shape[:1]
+    fit = (t.dtype in dtypes and t.shape == shape and t.device == input.device for t in channels)
+    return all(fit) and 0 <= norm.eps < math.inf
+
+
+def _joined(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None) -> Tensor:
+    wide = compute_dtype(input)
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    centre = norm.running_mean.to(wide)
+    if conv.bias is not None:
+        centre = centre - conv.bias
+    bias = -centre * scale if norm.bias is None else torch.addcmul(norm.bias.to(wide), centre, scale, value=-1)
+    input, padding = conv._padded(input)
+    return CF.conv2d(
+        *(input, conv.weight, bias, conv.stride, padding, conv.dilation, conv.groups),
+        activation="relu",
+        scale=scale,
+        residual=residual,
+    )
 
 
 def _children(module: nn.Module) -> tuple[str, ...]:
@@ -414,7 +493,7 @@ def _rewrite(
             if isinstance(found, str):
                 left.setdefault(norm, f"{found} in {called}")
             else:
-                sites.append(_replace(graph, node, *found))
+                sites.append(_replace(graph, module, node, *found))
     return sites, left
 
 
@@ -440,7 +519,7 @@ def _find(norm: fx.Node, module: nn.Module) -> str | tuple[fx.Node | None, fx.No
             return "something else happens between the sum and the ReLU"
     if relu.op == "output":
         return f"{'the sum after it' if total else 'its output'} is returned before a ReLU"
-    if relu.target in (_batch_norm_relu, _batch_norm_add_relu):
+    if relu.target in _FUSED:
         return "it is added to a batch norm that is fused"
     if not _is_relu(relu, module):
         what = relu.target if isinstance(relu.target, str) else getattr(relu.target, "__name__", str(relu.target))
@@ -484,16 +563,35 @@ def _contains(node: fx.Node, module: nn.Module, layer: nn.Module) -> bool:
     return child is not None and any(inner is layer for inner in child.modules())
 
 
-def _replace(graph: fx.Graph, norm: fx.Node, total: fx.Node | None, relu: fx.Node) -> Site:
+def _source_convolution(norm: fx.Node, relu: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The convolution that nothing but the batch norm takes, if it can move with it to where the ReLU is."""
+    (conv,) = norm.all_input_nodes
+    layer = _submodule(module, conv.target) if conv.op == "call_module" else None
+    if not isinstance(layer, nn.Conv2d) or len(conv.users) != 1 or len(conv.args) + len(conv.kwargs) != 1:
+        return None
+    if len(conv.all_input_nodes) != 1:
+        return None
+    # Others may change the layer, or its input: not what a fused operator returned and only the convolution took.
+    others = [node for node in _between(conv, relu) if node not in (norm, *norm.users)]
+    (source,) = conv.all_input_nodes
+    if others and not (source.target in _FUSED and len(source.users) == 1):
+        return None
+    return None if any(_contains(node, module, layer) for node in others) else conv
+
+
+def _replace(graph: fx.Graph, module: nn.Module, norm: fx.Node, total: fx.Node | None, relu: fx.Node) -> Site:
+    conv = _source_convolution(norm, relu, module)
     with graph.inserting_before(relu):
-        args = (graph.create_node("get_attr", norm.target), *norm.all_input_nodes)
+        layers = [graph.create_node("get_attr", node.target) for node in (conv, norm) if node is not None]
+        args = (*layers, *(conv or norm).all_input_nodes)
         if total is None:
-            fused = graph.call_function(_batch_norm_relu, args)
+            fused = graph.call_function(_conv_batch_norm_relu if conv else _batch_norm_relu, args)
         else:
             (residual,) = (node for node in total.all_input_nodes if node is not norm)
-            fused = graph.call_function(_batch_norm_add_relu, (*args, residual, total.target in _SUMS_IN_PLACE))
+            args = (*args, residual, total.target in _SUMS_IN_PLACE)
+            fused = graph.call_function(_conv_batch_norm_add_relu if conv else _batch_norm_add_relu, args)
     relu.replace_all_uses_with(fused)
-    for node in (relu, total, norm):
+    for node in (relu, total, norm, conv):
         if node is not None:
             graph.erase_node(node)
     return Site(norm.target, relu.target if relu.op == "call_module" else None, total is not None)

@@ -41,7 +41,7 @@ def out_size(size, padding, taps, stride, dilation):
 
 
 @torch.library.register_fake("convkit::conv2d")
-def _(input, weight, bias, stride, padding, dilation, groups, activation):
+def _(input, weight, bias, stride, padding, dilation, groups, activation, scale=None, residual=None):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "convkit.conv2d: input and weight must be 4-D")
     size = out_size(input.shape[2:], padding, weight.shape[2:], stride, dilation)
     channels_last = is_channels_last(input) or is_channels_last(weight)
@@ -50,31 +50,52 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation):
 
 
 def _conv2d_setup(ctx, inputs, output):
-    input, weight, bias, *ctx.geometry, activation = inputs
+    input, weight, bias, *ctx.geometry, activation, scale, residual = inputs
     ctx.channels_last = is_channels_last(input) or is_channels_last(weight)
     ctx.filters = weight.shape[0]
-    need_input, need_weight = ctx.needs_input_grad[:2]
+    # What stands at the end with its default is not among the arguments that autograd knows.
+    need = ctx.needs_input_grad
+    ctx.need_scale = scale is not None and need[8]
+    ctx.need_residual = residual is not None and need[9]
+    ctx.bias_dtype = None if bias is None else bias.dtype
     # Each gradient needs the other argument; sizes are kept apart so that nothing is held for a size's sake.
     ctx.input_size, ctx.kernel_size = input.shape[2:], weight.shape[2:]
     ctx.save_for_backward(
-        input if need_weight else None, weight if need_input else None, output if activation else None
+        input if need[1] or ctx.need_scale else None,
+        weight if need[0] or ctx.need_scale else None,
+        scale if any(need[:2]) or ctx.need_scale else None,
+        output if activation else None,
     )
 
 
 def _conv2d_backward(ctx, grad):
-    input, weight, output = ctx.saved_tensors
+    """With a scale s: y = s * conv2d(x, w) = conv2d(x, s * w), which spares products of the images' size. Only the
+    gradient of s needs conv2d(x, w) itself, which is computed again for it."""
+    input, weight, scale, output = ctx.saved_tensors
     if output is not None:
         grad = relu_grad(grad, output)
-    grad_input = grad_weight = grad_bias = None
+    factor = None if scale is None else scale.view(-1, 1, 1, 1)
+    grad_input = grad_weight = grad_bias = grad_scale = None
     if ctx.needs_input_grad[0]:
-        grad_input = ops.conv2d_input_grad(grad, weight, ctx.input_size, *ctx.geometry, ctx.channels_last)
+        scaled = weight if factor is None else (weight * factor).to(weight.dtype)
+        grad_input = ops.conv2d_input_grad(grad, scaled, ctx.input_size, *ctx.geometry, ctx.channels_last)
     if ctx.needs_input_grad[1]:
         kernel = (ctx.filters, *ctx.kernel_size)
         grad_weight = ops.conv2d_weight_grad(grad, input, kernel, *ctx.geometry, ctx.channels_last)
+        if factor is not None:
+            grad_weight = (grad_weight * factor).to(grad.dtype)
+
+    def sums(images):
+        # A convolution of zero channels has an empty result (PyTorch's rule), which tells nothing of bias and scale.
+        return ops.channel_sum(images) if images.shape[1] else images.new_zeros(ctx.filters)
+
     if ctx.needs_input_grad[2]:
-        # A convolution of zero channels has an empty result (PyTorch's rule), which tells nothing of the bias.
-        grad_bias = ops.channel_sum(grad) if grad.shape[1] else grad.new_zeros(ctx.filters)
-    return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        grad_bias = sums(grad.to(ctx.bias_dtype))
+    if ctx.need_scale:
+        bare = ops.conv2d(input, weight, None, *ctx.geometry, None)
+        grad_scale = sums(grad.to(compute_dtype(grad)) * bare).to(scale.dtype)
+    grad_residual = grad if ctx.need_residual else None
+    return grad_input, grad_weight, grad_bias, None, None, None, None, None, grad_scale, grad_residual
 
 
 torch.library.register_autograd("convkit::conv2d", _conv2d_backward, setup_context=_conv2d_setup)

@@ -32,12 +32,19 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`F.conv2d`, its zero padding also as ((top, bottom), (left, right)), then the activation."""
+    """`F.conv2d`, its zero padding also as ((top, bottom), (left, right)); scale, bias, residual, activation."""
     if not isinstance(padding, int | str) and any(not isinstance(side, int) for side in padding):
         (top, bottom), (left, right) = padding
         input, padding = F.pad(input, (left, right, top, bottom)), 0
-    return _activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
+    if scale is None:
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    else:
+        y = F.conv2d(input, weight, None, stride, padding, dilation, groups)
+        y = _affine(y, scale, bias).to(y.dtype)
+    return _activate(y if residual is None else y + residual, activation)
 
 
 def conv_transpose2d(

@@ -80,10 +80,11 @@ def swap(
 
     Conv2d and ConvTranspose2d become convkit.nn's. BatchNorm2d + ReLU and BatchNorm2d + sum + ReLU are computed in one
     operator (convkit.nn.BatchNormReLU2d) where the forward that calls them shows that nothing else sees what is
-    between them. Parameters, buffers, names, hooks, flags and dtypes stay, an optimizer stays valid, and the swapped
-    model can be copied, pickled, saved, moved, compiled and changed like the original one. Where something that a
-    fused forward was recorded from changes later (a hook on the batch norm, another activation, a flag), that module
-    runs its original forward from then on; swap again to fuse again. ``torch.jit.script`` needs the unswapped model.
+    between them; in evaluation without gradients, a convolution that feeds them alone does their work too. Parameters,
+    buffers, names, hooks, flags and dtypes stay, an optimizer stays valid, and the swapped model can be copied,
+    pickled, saved, moved, compiled and changed like the original one. Where something that a fused forward was
+    recorded from changes later (a hook on the batch norm, another activation, a flag), that module runs its original
+    forward from then on; swap again to fuse again. ``torch.jit.script`` needs the unswapped model.
 
     Every call starts from the unswapped model: swapping twice is swapping once, and the last ``exclude`` holds.
 

@@ -18,6 +18,8 @@ struct ConvArgs {
   const void* weight;  // forward, input grad
   const void* x;       // weight grad: the input
   const void* bias;    // forward (k values) and input grad used as transposed convolution (c values), or null
+  const void* scale;   // forward: y = act(scale * sum + bias + residual); k values of the arithmetic's type, as the bias then is; or null
+  const void* residual;  // forward: in the order of y, or null
   void* dst;           // y, the input's gradient, or the weight's gradient
   WeightStrides weight_strides;  // of weight, or of dst in the weight gradient
   bool relu;

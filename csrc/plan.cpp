@@ -129,7 +129,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.tiles_per_block = std::clamp<int64_t>(std::min(kTableBytes / entry, ceil_div(tiles, wanted_blocks)), 1, 16);
 
   b.panels = ws.take(a.groups * b.column_tiles * b.taps * b.depth * b.vectors * lanes * element);
-  b.zeros = ws.take((b.src_c + a.groups * b.column_tiles * b.vectors * lanes) * element);
+  b.zeros = ws.take((b.src_c + 2 * a.groups * b.column_tiles * b.vectors * lanes) * element);
   b.src = ws.take(b.images_per_chunk * src_bytes);
   b.dst = ws.take(b.images_per_chunk * dst_bytes);
   b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20 + a.s * 8, 64) * 64;
@@ -203,7 +203,7 @@ PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   b.panels_per_task = std::clamp<int64_t>(kPointwiseBytes / panel_bytes, 1, ceil_div(panels * a.groups, f.threads * 4));
   b.stream = streams(a.n * a.p * a.q * dst_c * storage_bytes(a.dtype), f);
   b.chain = pick_chain(a.dtype, depth);
-  b.weights = ws.take((dst_c * depth + dst_c + rows) * element);
+  b.weights = ws.take((dst_c * depth + 2 * dst_c + rows) * element);
   b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;

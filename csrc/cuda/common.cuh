@@ -72,6 +72,12 @@ template <class T, int N> __device__ __forceinline__ void load_values(const T* f
   }
 }
 
+// The bias of a channel of a convolution: of the arithmetic's type beside a scale.
+template <class S> __device__ __forceinline__ compute_t<S> bias_at(const void* bias, bool scaled, int64_t channel) {
+  if (scaled) return static_cast<const compute_t<S>*>(bias)[channel];
+  return widen(static_cast<const S*>(bias)[channel]);
+}
+
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

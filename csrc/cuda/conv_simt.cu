@@ -85,11 +85,11 @@ template <class S> struct Forward {
   }
   __device__ void store(int64_t i, int64_t column, int64_t group, int64_t, T sum) const {
     const ConvProblem& p = a.problem;
-    int64_t k = group * columns + column;
-    if (a.bias != nullptr) sum += widen(static_cast<const S*>(a.bias)[k]);
-    if (a.relu) sum = relu(sum);
-    int64_t pixels = p.p * p.q;
-    static_cast<S*>(a.dst)[src.nhwc ? i * p.k + k : (i / pixels * p.k + k) * pixels + i % pixels] = narrow<S>(sum);
+    int64_t k = group * columns + column, pixels = p.p * p.q, to = src.nhwc ? i * p.k + k : (i / pixels * p.k + k) * pixels + i % pixels;
+    if (a.scale != nullptr) sum *= static_cast<const T*>(a.scale)[k];
+    if (a.bias != nullptr) sum += bias_at<S>(a.bias, a.scale != nullptr, k);
+    if (a.residual != nullptr) sum += widen(static_cast<const S*>(a.residual)[to]);
+    static_cast<S*>(a.dst)[to] = narrow<S>(a.relu ? relu(sum) : sum);
   }
 };
 

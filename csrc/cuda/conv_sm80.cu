@@ -116,7 +116,9 @@ template <class C_, int granule> struct Gathered : GatherArgs {
   };
 
   __device__ void store(const Task& task, float (&sum)[C::m_tiles][C::n_tiles][4], unsigned char* shared) const {
-    store_tile<C>(epilogue, this->phase[task.phase], task.row0, task.column0, columns, task.group, sum, shared);
+    const Phase& to = this->phase[task.phase];
+    if (epilogue.residual == nullptr) store_tile<C, false>(epilogue, to, task.row0, task.column0, columns, task.group, sum, shared);
+    else store_tile<C, true>(epilogue, to, task.row0, task.column0, columns, task.group, sum, shared);
   }
 };
 
@@ -294,9 +296,12 @@ void conv_sm80(const ConvArgs& args, const CudaConvPlan& plan, Pass pass, Stream
     }
     g.row_tiles = int(ceil_div(most_rows, C::rows)), g.column_tiles = int(ceil_div(g.columns, C::columns));
     Epilogue& e = g.epilogue;
-    e.dst = args.dst, e.bias = args.bias, e.relu = args.relu, e.nhwc = nhwc;
+    e.dst = args.dst, e.residual = args.residual, e.relu = args.relu, e.nhwc = nhwc;
+    e.scale = static_cast<const float*>(args.scale);
+    if (args.scale == nullptr) e.bias = args.bias;
+    else e.shift = static_cast<const float*>(args.bias);
     e.h = forward ? p.p : p.h, e.w = forward ? p.q : p.w, e.channels = forward ? p.k : p.c, e.step_h = int(U), e.step_w = int(W);
-    e.vectors = aligned16(args.dst) && (nhwc ? g.columns % kVec<S> == 0 : U * W == 1 && e.h * e.w % kVec<S> == 0);
+    e.vectors = aligned16(args.dst) && aligned16(args.residual) && (nhwc ? g.columns % kVec<S> == 0 : U * W == 1 && e.h * e.w % kVec<S> == 0);
     Launch how{dim3(unsigned(g.row_tiles) * g.column_tiles * g.groups * phases), dim3(C::threads), C::tile.shared_bytes(), stream};
     launch(forward ? "conv_sm80_fprop" : "conv_sm80_dgrad", product<Gathered<C, granule()>>, how, g);
   });

@@ -232,22 +232,25 @@ __device__ __forceinline__ const Position* find_positions(unsigned char* table, 
 // What comes after the sums, and where it goes.
 struct Epilogue {
   void* dst;
-  const void* bias;
+  const void* residual;            // in the order of dst, or null
+  const void* bias;                // beside no scale
   const float *scale, *shift;
   bool relu, nhwc, vectors;        // vectors: 16 bytes can be stored at once
   int64_t h, w, channels;          // of the destination
   int step_h, step_w;
 };
 
-// A warp's sums go through shared memory, 16 rows at a time, to where neighbouring lanes hold neighbours in memory.
-template <class C> __device__ __forceinline__ void store_tile(const Epilogue& e, const Grid& grid, int row0, int column0, int columns, int group, float (&sum)[C::m_tiles][C::n_tiles][4],
-                                                              unsigned char* shared) {
+// A warp's sums go through shared memory, 16 rows at a time, to where neighbouring lanes hold neighbours in memory. A
+// residual comes the same way, the next 16 rows of it on their way while these are added and stored.
+template <class C, bool residual> __device__ __forceinline__ void store_tile(const Epilogue& e, const Grid& grid, int row0, int column0, int columns, int group,
+                                                                             float (&sum)[C::m_tiles][C::n_tiles][4], unsigned char* shared) {
   using S = typename C::S;
   constexpr int V = kVec<S>, wide_pitch = C::warp_columns + V, tall_pitch = 16 + V;  // elements; no two lanes in one bank
   constexpr int bytes = (C::warp_columns * tall_pitch > 16 * wide_pitch ? C::warp_columns * tall_pitch : 16 * wide_pitch) * int(sizeof(S));
-  static_assert(bytes * C::threads / 32 <= C::stages * C::stage_bytes && bytes % 16 == 0);
+  constexpr int parts = residual ? 2 : 1;
+  static_assert(parts * bytes * C::threads / 32 <= C::stages * C::stage_bytes && bytes % 16 == 0);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  S* staged = reinterpret_cast<S*>(shared + warp * bytes);
+  unsigned char* area = shared + warp * parts * bytes;
   row0 += warp / C::tile.warp_columns * C::warp_rows;
   column0 += warp % C::tile.warp_columns * C::warp_columns;
   int64_t channel0 = int64_t(group) * columns;
@@ -265,45 +268,79 @@ template <class C> __device__ __forceinline__ void store_tile(const Epilogue& e,
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
           float v = sum[i][j][y * 2 + x] * scale + shift;
-          sum[i][j][y * 2 + x] = e.relu ? relu(v) : v;
+          sum[i][j][y * 2 + x] = e.relu && !residual ? relu(v) : v;
         }
     }
-#pragma unroll
-  for (int i = 0; i < C::m_tiles; ++i) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < C::n_tiles; ++j)
-#pragma unroll
-      for (int y = 0; y < 2; ++y) {
-        Pair<S> v{narrow<S>(sum[i][j][y * 2]), narrow<S>(sum[i][j][y * 2 + 1])};
-        int row = g + y * 8, column = j * 8 + 2 * t;
-        if (e.nhwc) *reinterpret_cast<Pair<S>*>(staged + row * wide_pitch + column) = v;
-        else staged[column * tall_pitch + row] = v.x, staged[(column + 1) * tall_pitch + row] = v.y;
-      }
-    __syncwarp();
-    // Chunks of V neighbours: channels of a pixel, or pixels of a channel.
+  // Calls f(staged, place in dst, whether that exists, whole) for this lane's chunks of 16 rows: V neighbours, channels of a
+  // pixel or pixels of a channel, if whole, else for each of them.
+  auto each_chunk = [&](int i, S* staged, auto&& f) {
     constexpr int across = C::warp_columns / V, down = 16 / V;
 #pragma unroll 1
     for (int at = lane; at < 16 * across; at += 32) {
       int row = e.nhwc ? at / across : at % down * V, column = e.nhwc ? at % across * V : at / down;
-      const S* from = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
+      S* chunk = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
       int m = row0 + i * 16 + row, k = column0 + column;
-      if (m >= grid.rows || k >= columns) continue;
+      auto exists = [&](int position, int filter) { return position < grid.rows && filter < columns; };
       auto place = [&](int position, int filter) -> int64_t {
+        if (!exists(position, filter)) return 0;
         uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(position), x), y);
         int64_t dst_y = grid.dst_h + int64_t(y) * e.step_h, dst_x = grid.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
         return e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
       };
       if (e.vectors) {
-        *reinterpret_cast<Vec<S>*>(dst + place(m, k)) = *reinterpret_cast<const Vec<S>*>(from);
+        f(chunk, place(m, k), exists(m, k), std::true_type{});
       } else {
 #pragma unroll 1
         for (int v = 0; v < V; ++v) {
           int position = e.nhwc ? m : m + v, filter = e.nhwc ? k + v : k;
-          if (position < grid.rows && filter < columns) dst[place(position, filter)] = from[v];
+          f(chunk + v, place(position, filter), exists(position, filter), std::false_type{});
         }
       }
     }
+  };
+  auto staged_of = [&](int i) { return reinterpret_cast<S*>(area + i % parts * bytes); };
+  [[maybe_unused]] auto fetch = [&](int i) {
+    if (i < C::m_tiles)
+      each_chunk(i, staged_of(i), [&](S* to, int64_t at, bool exists, auto whole) {
+        const S* from = static_cast<const S*>(e.residual) + at;
+        if constexpr (whole) ptx::copy_async_16(to, from, exists ? 16 : 0);
+        else *to = exists ? *from : narrow<S>(0);
+      });
+    ptx::copy_async_commit();
+  };
+  if constexpr (residual) fetch(0);
+#pragma unroll
+  for (int i = 0; i < C::m_tiles; ++i) {
+    S* staged = staged_of(i);
+    __syncwarp();  // everyone is done with what is written next
+    if constexpr (residual) {
+      fetch(i + 1);
+      ptx::copy_async_wait<1>();
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 0; j < C::n_tiles; ++j)
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        int row = g + y * 8, column = j * 8 + 2 * t;
+        Pair<S>* pair = reinterpret_cast<Pair<S>*>(staged + row * wide_pitch + column);
+        S *first = staged + column * tall_pitch + row, *second = first + tall_pitch;
+        float a = sum[i][j][y * 2], b = sum[i][j][y * 2 + 1];
+        if constexpr (residual) {  // where this lane's sums go next
+          Pair<S> add = e.nhwc ? *pair : Pair<S>{*first, *second};
+          a += widen(add.x), b += widen(add.y);
+          if (e.relu) a = relu(a), b = relu(b);
+        }
+        Pair<S> v{narrow<S>(a), narrow<S>(b)};
+        if (e.nhwc) *pair = v;
+        else *first = v.x, *second = v.y;
+      }
+    __syncwarp();
+    each_chunk(i, staged, [&](const S* from, int64_t at, bool exists, auto whole) {
+      if (!exists) return;
+      if constexpr (whole) *reinterpret_cast<Vec<S>*>(dst + at) = *reinterpret_cast<const Vec<S>*>(from);
+      else dst[at] = *from;
+    });
   }
 }
 

@@ -21,7 +21,7 @@ namespace {
 enum class Mode { forward1, forward2, grad2 };  // stride 1 (either direction), stride 2 forward, stride 2 input gradient
 
 struct Tile {
-  const void *src, *weight, *bias;
+  const void *src, *weight, *bias, *scale, *residual;
   void* dst;
   WeightStrides strides;
   int64_t n, c;
@@ -117,15 +117,28 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
 
   int y = y0 + row, x = x0 + strip * TW;
   if (y >= 0 && y < a.dst_h && channel < a.c) {
-    S* to = static_cast<S*>(a.dst) + ((n * a.dst_h + y) * int64_t(a.dst_w) + x) * a.c + channel;
+    int64_t at = ((n * a.dst_h + y) * int64_t(a.dst_w) + x) * a.c + channel;
+    S* to = static_cast<S*>(a.dst) + at;
     T bias[V] = {};  // here and not before the sums: registers are short
-    if (a.bias != nullptr) load_wide(static_cast<const S*>(a.bias) + channel, bias);
+    if (a.scale != nullptr) {
+      T scale[V];
+      load_values(static_cast<const T*>(a.scale) + channel, scale);
+      if (a.bias != nullptr) load_values(static_cast<const T*>(a.bias) + channel, bias);
+#pragma unroll
+      for (int t = 0; t < TW; ++t)
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[t][v] *= scale[v];
+    } else if (a.bias != nullptr) {
+      load_wide(static_cast<const S*>(a.bias) + channel, bias);
+    }
 #pragma unroll
     for (int t = 0; t < TW; ++t) {
       if (x + t < 0 || x + t >= a.dst_w) continue;
+      T add[V] = {};
+      if (a.residual != nullptr) load_wide(static_cast<const S*>(a.residual) + at + t * a.c, add);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        sum[t][v] += bias[v];
+        sum[t][v] = sum[t][v] + bias[v] + add[v];
         if (a.relu) sum[t][v] = relu(sum[t][v]);
       }
       store_narrow(to + t * a.c, sum[t]);
@@ -194,6 +207,7 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2) depthwise_nchw(Ti
     int64_t begin = plane0 * src_hw + y0 * a.src_w, end = (plane0 + planes - 1) * src_hw + y1 * a.src_w;
     int64_t out_begin = plane0 * dst_hw + row0 * a.dst_w, out_end = (plane0 + planes - 1) * dst_hw + row1 * a.dst_w;
     int in_shift = begin < end ? stage_flat(static_cast<const S*>(a.src), begin, end, all * src_hw, in, threadIdx.x, blockDim.x) : 0;
+    if (a.residual != nullptr) stage_flat(static_cast<const S*>(a.residual), out_begin, out_end, all * dst_hw, out, threadIdx.x, blockDim.x);
     ptx::copy_async_commit();
     for (int i = threadIdx.x; i < planes * R * R; i += blockDim.x) {
       int64_t k = (plane0 + i / (R * R)) % a.c;
@@ -214,9 +228,12 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2) depthwise_nchw(Ti
       T w[R][R];
 #pragma unroll
       for (int i = 0; i < R * R; ++i) w[i / R][i % R] = taps[plane * R * R + i];
-      T bias = a.bias == nullptr ? T(0) : widen(static_cast<const S*>(a.bias)[(plane0 + plane) % a.c]);
+      int64_t channel = (plane0 + plane) % a.c;
+      T scale = a.scale == nullptr ? T(1) : static_cast<const T*>(a.scale)[channel];
+      T bias = a.bias == nullptr ? T(0) : bias_at<S>(a.bias, a.scale != nullptr, channel);
       auto emit = [&](int64_t y, T v) {
-        v += bias;
+        v = v * scale + bias;
+        if (a.residual != nullptr) v += widen(to[y * a.dst_w]);  // which stands where the sum goes
         to[y * a.dst_w] = narrow<S>(a.relu ? relu(v) : v);
       };
       if constexpr (mode == Mode::forward1) {
@@ -494,7 +511,9 @@ template <class S, bool nhwc, bool input_grad> __global__ void __launch_bounds__
         }
       }
     }
-    if (a.bias != nullptr) sum += widen(static_cast<const S*>(a.bias)[channel]);
+    if (a.scale != nullptr) sum *= static_cast<const T*>(a.scale)[channel];
+    if (a.bias != nullptr) sum += bias_at<S>(a.bias, a.scale != nullptr, channel);
+    if (a.residual != nullptr) sum += widen(static_cast<const S*>(a.residual)[i]);
     static_cast<S*>(a.dst)[i] = narrow<S>(a.relu ? relu(sum) : sum);
   }
 }
@@ -568,7 +587,7 @@ template <class F> void with_mode(const ConvProblem& p, Pass pass, F&& f) {
 Tile tile_of(const ConvArgs& a, Pass pass) {
   const ConvProblem& p = a.problem;
   bool grad = pass == Pass::input_grad, flip = grad && p.stride_h == 1;
-  Tile t{a.src, a.weight, a.bias, a.dst, a.weight_strides, p.n, p.c, int(grad ? p.p : p.h), int(grad ? p.q : p.w), int(grad ? p.h : p.p), int(grad ? p.w : p.q), int(p.pad_top), int(p.pad_left), flip, a.relu};
+  Tile t{a.src, a.weight, a.bias, a.scale, a.residual, a.dst, a.weight_strides, p.n, p.c, int(grad ? p.p : p.h), int(grad ? p.q : p.w), int(grad ? p.h : p.p), int(grad ? p.w : p.q), int(p.pad_top), int(p.pad_left), flip, a.relu};
   if (flip) t.pad_top = int(p.r - 1 - p.pad_top), t.pad_left = int(p.s - 1 - p.pad_left);
   return t;
 }

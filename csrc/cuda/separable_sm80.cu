@@ -105,7 +105,7 @@ template <class C> __global__ void __launch_bounds__(C::threads, C::exact ? 2 : 
       fetch();
       multiply_step<C, true>(total, left + i * C::rows * C::depth_bytes, stages + used % C::stages * filter_stage);
     }
-    store_tile<C>(p.epilogue, p.grid, row0, column_tile * C::columns, p.filters, 0, total, staged);
+    store_tile<C, false>(p.epilogue, p.grid, row0, column_tile * C::columns, p.filters, 0, total, staged);
   }
   ptx::copy_async_wait<0>();
 }

@@ -60,6 +60,25 @@ void check_4d(const char* op, const char* arg, const Tensor& t) {
   CONVKIT_CHECK(t.dim() == 4, op, arg, "got ", t.dim(), "-D size ", t.sizes(), "; accepts 4-D (N, C, H, W)");
 }
 
+// A per-channel scale or shift in the arithmetic's type.
+Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, const Tensor& input, int64_t channels) {
+  if (!t.has_value()) return Tensor();
+  check_dense(op, arg, *t, input);
+  CONVKIT_CHECK(t->dim() == 1 && t->size(0) == channels, op, arg, "got size ", t->sizes(), "; accepts 1-D with one value a channel, [", channels, "]");
+  at::ScalarType wide = compute_type(input.scalar_type());
+  CONVKIT_CHECK(t->scalar_type() == input.scalar_type() || t->scalar_type() == wide, op, arg, "got dtype ", t->scalar_type(), "; accepts ", input.scalar_type(),
+                wide == input.scalar_type() ? "" : " or Float", ": convert it with .to(dtype)");
+  return t->to(wide).contiguous();
+}
+
+// What is added to the output, `sizes`, brought to its order.
+Tensor residual_of(const char* op, const OptionalTensor& t, const Tensor& input, IntArrayRef sizes, bool channels_last) {
+  if (!t.has_value()) return Tensor();
+  check_like(op, "residual", *t, input);
+  CONVKIT_CHECK(t->sizes() == sizes, op, "residual", "got size ", t->sizes(), "; accepts the output's, ", sizes, ": bring it there with .expand(), which copies nothing");
+  return t->contiguous(format(channels_last));
+}
+
 struct Geometry {
   IntArrayRef stride, padding, dilation;  // padding: top, bottom, left, right
   int64_t groups;
@@ -88,7 +107,7 @@ ConvProblem problem_of(const char* op, DType dtype, bool channels_last, int64_t 
 void run_on_gpu(const char* op, ConvArgs args, Pass pass, const Tensor& like) {
   const cuda::DeviceFacts& facts = gpu::facts(op, like);
   bool aligned = true;
-  for (const void* p : {args.src, args.x, args.bias, static_cast<const void*>(args.dst)}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (const void* p : {args.src, args.x, args.bias, args.scale, args.residual, static_cast<const void*>(args.dst)}) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   gpu::with_workspace([&](bool least) { return plan_conv_cuda(args.problem, pass, facts, float32_on_gpu(), aligned, least); },
                       [&](int64_t bytes) { return workspace(bytes, like); },
                       [&](const CudaConvPlan& plan, const Tensor& ws) {
@@ -123,7 +142,7 @@ void run([[maybe_unused]] const char* op, const ConvArgs& args, Pass pass, const
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-              int64_t groups, Activation activation) {
+              int64_t groups, Activation activation, const OptionalTensor& scale, const OptionalTensor& residual) {
   const char* op = "conv2d";
   check_4d(op, "input", input);
   check_dense(op, "input", input, input);
@@ -134,21 +153,26 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   check_like(op, "weight", weight, input);
   CONVKIT_CHECK(__int128(weight.size(1)) * groups == input.size(1), op, "input", "got ", input.size(1), " channels in size ", input.sizes(), "; weight ", weight.sizes(),
                 " with groups=", groups, " accepts ", weight.size(1) * groups, " channels");
-  check_bias(op, bias, input, weight.size(0));
+  if (!scale.has_value()) check_bias(op, bias, input, weight.size(0));
   bool relu = parse_relu(op, "activation", activation);
   bool channels_last = is_channels_last(input) || is_channels_last(weight);
   ConvProblem a = problem_of(op, dtype, channels_last, input.size(0), input.size(1), input.size(2), input.size(3), weight.size(0), weight.size(2), weight.size(3), g);
   // Without channels the result has none either: PyTorch's rule.
   gpu::Scope scope(input);
+  Tensor factor = per_channel(op, "scale", scale, input, a.k);
+  Tensor b = scale.has_value() ? per_channel(op, "bias", bias, input, a.k) : bias.has_value() ? bias->contiguous() : Tensor();
   Tensor out = new_tensor({a.n, a.c == 0 ? 0 : a.k, a.p, a.q}, input, channels_last && input.numel() != 0);
+  Tensor added = residual_of(op, residual, input, out.sizes(), channels_last);
   if (out.numel() == 0) return out;
-  Tensor x = input.contiguous(format(channels_last)), b = bias.has_value() ? bias->contiguous() : Tensor();
+  Tensor x = input.contiguous(format(channels_last));
   ConvArgs args{};
   args.problem = a;
   args.src = in("the input", x);
   args.weight = in("the weight", weight);
   args.weight_strides = weight_strides(weight);
   args.bias = in("the bias", b);
+  args.scale = in("the scale", factor);
+  args.residual = in("the residual", added);
   args.dst = convkit::out("the output", out);
   args.relu = relu;
   run(op, args, Pass::forward, input);
@@ -260,16 +284,6 @@ Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const Optiona
   if (a.p > 1) a.stride_h = stride[0];
   if (a.q > 1) a.stride_w = stride[1];
   return input_grad(op, input, weight, bias, a, channels_last);
-}
-
-// A per-channel scale or shift in the arithmetic's type.
-Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, const Tensor& input, int64_t channels) {
-  if (!t.has_value()) return Tensor();
-  check_dense(op, arg, *t, input);
-  CONVKIT_CHECK(t->dim() == 1 && t->size(0) == channels, op, arg, "got size ", t->sizes(), "; accepts 1-D with one value a channel, [", channels, "]");
-  CONVKIT_CHECK(t->scalar_type() == input.scalar_type() || t->scalar_type() == compute_type(input.scalar_type()), op, arg, "got dtype ", t->scalar_type(), "; accepts ",
-                input.scalar_type(), " or ", compute_type(input.scalar_type()));
-  return t->to(compute_type(input.scalar_type())).contiguous();
 }
 
 Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_scale,

@@ -16,7 +16,7 @@ namespace py = pybind11;
 // Padding is top, bottom, left, right. The gradients take `channels_last`, the format of what they return, because their
 // arguments alone don't tell it. Sizes are SymInt so that dynamic shapes trace; everything else is a property of a layer.
 TORCH_LIBRARY(convkit, m) {
-  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, str? activation) -> Tensor");
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, int groups, str? activation, Tensor? scale=None, Tensor? residual=None) -> Tensor");
   m.def("conv2d_input_grad(Tensor grad, Tensor weight, SymInt[2] input_size, int[2] stride, int[4] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
   m.def("conv2d_weight_grad(Tensor grad, Tensor input, SymInt[3] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
   m.def("conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups) -> Tensor");
@@ -52,12 +52,14 @@ template <c10::DeviceType device> struct Autocast {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
   }
 
-  using Conv = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::optional<std::string_view>);
+  using Conv = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::optional<std::string_view>, const OptionalTensor&,
+                      const OptionalTensor&);
+  // A scale, and the bias beside it, stay float32: they belong to the accumulators.
   static Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                       std::optional<std::string_view> activation) {
+                       std::optional<std::string_view> activation, const OptionalTensor& scale, const OptionalTensor& residual) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
     static auto call = op<Conv>("convkit::conv2d");
-    return call.call(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups, activation);
+    return call.call(cast(input), cast(weight), scale.has_value() ? bias : cast(bias), stride, padding, dilation, groups, activation, scale, cast(residual));
   }
 
   using Transposed = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t);
@@ -70,7 +72,7 @@ template <c10::DeviceType device> struct Autocast {
 
   using Separable = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<std::string_view>, const OptionalTensor&,
                            const OptionalTensor&, std::optional<std::string_view>, IntArrayRef, IntArrayRef, IntArrayRef);
-  // Scales and shifts stay float32: they belong to the accumulators.
+  // Scales and shifts stay float32, as above.
   static Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_scale,
                                  const OptionalTensor& depthwise_shift, std::optional<std::string_view> depthwise_activation, const OptionalTensor& scale,
                                  const OptionalTensor& shift, std::optional<std::string_view> activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {

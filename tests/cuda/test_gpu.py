@@ -53,20 +53,26 @@ def norm(text: str, dtype: str, layout: str) -> BatchNormProblem:
 KERNELS = {
     **{
         f"depthwise {r}x{r} stride {u}": lambda g, *form, r=r, u=u: conv_sample(
-            conv(f"n2c24h17w19k24r{r}s{r}u{u}p{r // 2}g24", *form), g, activation="relu"
+            conv(f"n2c24h17w19k24r{r}s{r}u{u}p{r // 2}g24", *form), g, True, "relu", scale=True, residual=True
         )
         for r in (3, 5, 7)
         for u in (1, 2)
     },
     "depthwise of large planes": lambda g, *form: conv_sample(conv("n1c8h90w88k8r3s3p1g8", *form), g),
-    "depthwise generic": lambda g, *form: conv_sample(conv("n2c10h11w10k20r3s2u3x2p1d2g10", *form), g),
-    "dense 3x3": lambda g, *form: conv_sample(conv("n2c64h9w10k72r3s3p1", *form), g, activation="relu"),
+    "depthwise generic": lambda g, *form: conv_sample(
+        conv("n2c10h11w10k20r3s2u3x2p1d2g10", *form), g, scale=True, residual=True
+    ),
+    "dense 3x3": lambda g, *form: conv_sample(
+        conv("n2c64h9w10k72r3s3p1", *form), g, True, "relu", scale=True, residual=True
+    ),
     "dense 3x3 stride 2": lambda g, *form: conv_sample(conv("n2c32h12w12k64r3s3u2p1", *form), g),
-    "dense 1x1": lambda g, *form: conv_sample(conv("n3c64h7w7k128r1s1", *form), g),
+    "dense 1x1": lambda g, *form: conv_sample(conv("n3c64h7w7k128r1s1", *form), g, residual=True),
     "dense of three channels": lambda g, *form: conv_sample(conv("n2c3h20w20k32r7s7u2p3", *form), g),
     "dense of one channel": lambda g, *form: conv_sample(conv("n2c1h12w12k20r5s5", *form), g),
     "dense grouped": lambda g, *form: conv_sample(conv("n2c64h6w6k64r3s3p1g4", *form), g),
-    "dense of odd sizes": lambda g, *form: conv_sample(conv("n2c17h7w6k19r3s3p1d2", *form), g),
+    "dense of odd sizes": lambda g, *form: conv_sample(
+        conv("n2c17h7w6k19r3s3p1d2", *form), g, True, "relu", scale=True, residual=True
+    ),
     "dense transposed": lambda g, *form: transpose_sample(conv("n2c32h8w8k32r3s3u2p1", *form), g),
     "separable": lambda g, *form: separable_sample(conv("n2c24h9w9k24r3s3p1g24", *form), 40, g),
     "batch norm": lambda g, *form: batch_norm_sample(norm("n4c64h14w14", *form), g),

@@ -52,7 +52,7 @@ def conv(text: str, generator=None, dtype: str = "f32", layout: str = "nhwc", **
     ),
 )
 def test_depthwise_tiles(module, text: str, dtype: str, layout: str):
-    check_accuracy(lambda g: conv(text, g, dtype, layout, activation="relu"))
+    check_accuracy(lambda g: conv(text, g, dtype, layout, activation="relu", scale=True, residual=True))
     if ConvProblem.parse(text).transposed_output_padding is not None:
         problem = ConvProblem.parse(text).replace(dtype=dtype, layout=layout)
         check_accuracy(lambda g: transpose_sample(problem, g))

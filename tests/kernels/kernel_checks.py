@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
 from convkit import reference
@@ -76,9 +77,24 @@ def conv_options(problem: ConvProblem) -> dict[str, Any]:
     return {"stride": problem.stride, "padding": padding, "dilation": problem.dilation, "groups": problem.groups}
 
 
-def conv_sample(problem: ConvProblem, generator=None, bias: bool = True, activation: str | None = None) -> Sample:
-    x, weight, b, _ = (on_grid(t) for t in problem.tensors(generator))
+def conv_sample(
+    problem: ConvProblem,
+    generator=None,
+    bias: bool = True,
+    activation: str | None = None,
+    scale: bool = False,
+    residual: bool = False,
+    mixed: bool = False,
+) -> Sample:
+    """`mixed`: bias and scale in float32 whatever the input's dtype."""
+    x, weight, b, added = (on_grid(t) for t in problem.tensors(generator))
     tensors = {"input": x, "weight": weight} | ({"bias": b} if bias else {})
+    if scale:
+        tensors["scale"] = on_grid(torch.randn(problem.k, dtype=torch.float64, generator=generator).to(x.dtype))
+    if residual:
+        tensors["residual"] = added
+    if mixed:
+        tensors |= {name: tensors[name].float() for name in ("bias", "scale") if name in tensors}
     options = conv_options(problem) | {"activation": activation}
     return Sample("conv2d", tensors, options, before_relu=_linear if activation else None)
 
@@ -196,6 +212,10 @@ def small_samples(
         "conv2d depthwise": conv_sample(depthwise, generator),
         "conv2d one-sided": conv_sample(one_sided, generator),
         "conv2d 1x1": conv_sample(conv("n2c4h3w3k5r1s1"), generator),
+        "conv2d epilogue": conv_sample(dense, generator, True, "relu", scale=True, residual=True),
+        "conv2d scale": conv_sample(strided, generator, bias=False, scale=True),
+        "conv2d residual": conv_sample(conv("n2c4h3w3k5r1s1"), generator, residual=True),
+        "conv2d depthwise epilogue": conv_sample(depthwise, generator, True, "relu", scale=True, residual=True),
         "conv_transpose2d": transpose_sample(dense, generator),
         "conv_transpose2d no bias": transpose_sample(dense, generator, bias=False),
         "conv_transpose2d strided grouped dilated": transpose_sample(strided, generator),
@@ -231,6 +251,9 @@ def small_samples(
         samples[f"{name} unbatched"] = dataclasses.replace(
             samples[name], tensors=tensors | {"input": tensors["input"][0]}
         )
+    epilogue = samples["conv2d epilogue"]
+    one = {name: epilogue.tensors[name][0] for name in ("input", "residual")}
+    samples["conv2d epilogue unbatched"] = dataclasses.replace(epilogue, tensors=epilogue.tensors | one)
     for padding in ("same", "valid"):
         sample = conv_sample(conv("n1c3h5w8k2r2s4d1x2"), generator)
         samples[f"conv2d {padding}"] = dataclasses.replace(sample, options=sample.options | {"padding": padding})
@@ -284,6 +307,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_pixels": expanded_pixels,
     "offset": offset,
 }
+
+
+class Calls(TorchDispatchMode):
+    """The convkit operators called inside, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "convkit":
+            self.calls.append((function._schema.name.split("::")[1], args))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(name for name, _ in self.calls)
 
 
 _device = torch.device("cpu")

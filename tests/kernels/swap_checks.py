@@ -32,7 +32,7 @@ def assert_close(ours: Any, theirs: Any, dtype: torch.dtype = torch.float64) -> 
 def assert_same_behaviour(
     ours: nn.Module, theirs: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Outputs, gradients and buffers of two steps of training and an evaluation."""
+    """Outputs, gradients and buffers of two steps of training and an evaluation; and of one without gradients."""
     for training in (True, True, False):
         found = []
         for model in (ours, theirs):
@@ -44,6 +44,8 @@ def assert_same_behaviour(
             parameters = {name: parameter.grad for name, parameter in model.named_parameters()}
             found.append((output, [x.grad for x in copies], parameters, dict(model.named_buffers())))
         assert_close(*found, dtype)
+    with torch.no_grad():
+        assert_close(*(model(*(x.clone() for x in inputs)) for model in (ours, theirs)), dtype)
 
 
 def row(report: Report, name: str) -> Row:

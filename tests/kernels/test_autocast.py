@@ -44,9 +44,10 @@ def test_float32_inputs(name: str, layout: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_separable_conv2d_is_lowered_as_a_whole(dtype: torch.dtype):
-    """Its float32 scales and shifts don't raise the output to float32, as they would between separate operators."""
-    sample = small_samples("f32")["separable_conv2d"]
+@pytest.mark.parametrize("name", ("separable_conv2d", "conv2d epilogue", "conv2d residual"))
+def test_an_epilogue_is_lowered_as_a_whole(name: str, dtype: torch.dtype):
+    """float32 scales, shifts, residuals don't raise the output to float32, as they would between separate operators."""
+    sample = small_samples("f32")[name]
     ours, right = run(CF, sample, dtype), sample.evaluate(reference)
     assert ours["output"].dtype == dtype
     for name, value in right.items():

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from kernel_checks import (
+    Calls,
     Sample,
     batch_norm_sample,
     conv_sample,
@@ -15,7 +16,6 @@ from kernel_checks import (
     small_samples,
     transpose_sample,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
 from convkit import reference
@@ -68,10 +68,11 @@ def test_gradgradcheck(name: str, layout: str):
     "sample",
     (
         conv_sample(ConvProblem.parse("n2c2h3w3k2r2s2p1x0_f64"), activation="relu"),
+        conv_sample(ConvProblem.parse("n1c2h3w3k2r2s2p1x0_f64"), activation="relu", scale=True, residual=True),
         transpose_sample(ConvProblem.parse("n1c2h4w3k2r2s3u2x1_f64")),
         batch_norm_sample(BatchNormProblem.parse("n2c2h2w2_f64+res")),
     ),
-    ids=lambda sample: sample.op,
+    ids=lambda sample: " ".join((sample.op, *sample.tensors)),
 )
 def test_gradgradcheck_of_every_entry(sample: Sample):
     """The fast mode above looks at a random combination of entries; some entry by entry."""
@@ -120,23 +121,6 @@ def test_third_derivative():
     torch.testing.assert_close(ours, third, rtol=1e-10, atol=1e-9)
 
 
-class Calls(TorchDispatchMode):
-    """The convkit operators called inside, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "convkit":
-            self.calls.append((function._schema.name.split("::")[1], args))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(name for name, _ in self.calls)
-
-
 def subsets(names):
     return [subset for size in range(1, len(names) + 1) for subset in itertools.combinations(names, size)]
 
@@ -152,16 +136,18 @@ def backward_calls(sample: Sample, wanted: tuple[str, ...]) -> Calls:
     return calls
 
 
-CONV = conv_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"))
+CONV = conv_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"), scale=True, residual=True)
 TRANSPOSE = transpose_sample(ConvProblem.parse("n2c3h5w4k4r3s3p1"))
 
 
 @pytest.mark.parametrize("activation", (None, "relu"))
-@pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias")), ids="+".join)
+@pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias", "scale", "residual")), ids="+".join)
 def test_conv2d_computes_what_is_asked(wanted, activation):
     sample = dataclasses.replace(CONV, options=CONV.options | {"activation": activation})
-    operators = {"input": "conv2d_input_grad", "weight": "conv2d_weight_grad", "bias": "channel_sum"}
-    assert backward_calls(sample, wanted).names == sorted(operators[name] for name in wanted)
+    # The scale's takes the convolution without it; the residual's is what is there already.
+    operators = {"input": ["conv2d_input_grad"], "weight": ["conv2d_weight_grad"], "bias": ["channel_sum"]}
+    operators |= {"scale": ["conv2d", "channel_sum"], "residual": []}
+    assert backward_calls(sample, wanted).names == sorted(itertools.chain.from_iterable(map(operators.get, wanted)))
 
 
 @pytest.mark.parametrize("wanted", subsets(("input", "weight", "bias")), ids="+".join)

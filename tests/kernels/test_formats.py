@@ -82,6 +82,19 @@ def test_convolutions(make, input_layout: str, weight_layout: str):
             compare(sample, f"{name} {dtype}")
 
 
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("input_layout", ("contiguous", "channels_last", "sliced"))
+def test_convolutions_with_a_residual(input_layout: str, residual_layout: str):
+    """The output has the format that it has without."""
+    for dtype in DTYPES:
+        for name in ("dense", "1x1", "strided", "grouped", "depthwise", "multiplier"):
+            problem = ConvProblem.parse(CONVOLUTIONS[name]).replace(dtype=NAMES[dtype])
+            sample = conv_sample(problem, activation="relu", scale=True, residual=True)
+            for which, layout in (("input", input_layout), ("residual", residual_layout)):
+                sample.tensors[which] = LAYOUTS[layout](sample.tensors[which])
+            compare(sample, f"{name} {dtype}")
+
+
 @pytest.mark.parametrize("weight_layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("input_layout", ("contiguous", "channels_last", "channel_slice", "transposed"))
 def test_unbatched_and_one_sided(input_layout: str, weight_layout: str):

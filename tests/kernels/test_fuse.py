@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import Calls
 from swap_checks import assert_close, assert_same_behaviour, build, fused, images, row
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -95,6 +96,163 @@ def test_fuses(end):
     assert_same_behaviour(model, reference, images())
     convkit.swap(model.float())
     assert_same_behaviour(model, reference.float(), images(torch.float32), dtype=torch.float32)
+
+
+class Block(nn.Module):
+    """conv - batch norm - ReLU - conv - batch norm - sum - ReLU, the residual through a convolution of its own."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3, padding=1, **options), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, 2, padding=1, groups=2, **options), nn.BatchNorm2d(8)
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        y = self.bn2(self.conv2(y))
+        y += self.down(x)
+        return self.relu(y)
+
+
+def calls(model, x):
+    with Calls() as called:
+        model(x)
+    return {name: called.names.count(name) for name in ("conv2d", "batch_norm_relu")}
+
+
+JOINED, SEPARATE = {"conv2d": 3, "batch_norm_relu": 0}, {"conv2d": 3, "batch_norm_relu": 2}
+
+
+def swapped_block(dtype=torch.float64, **options):
+    """The block, swapped, and as it was; in evaluation, with running statistics that are not the initial ones."""
+    model = build(lambda: Block(**options), dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    reference = copy.deepcopy(model.eval())
+    convkit.swap(model)
+    assert fused(model) == ["bn", "bn2"]
+    return model, reference
+
+
+@pytest.mark.parametrize("bias", (False, True), ids=("", "bias"))
+@pytest.mark.parametrize("padding_mode", ("zeros", "reflect", "circular"))
+def test_evaluation_without_gradients_is_one_operator_a_convolution(bias, padding_mode):
+    for dtype in (torch.float64, torch.float32):
+        model, reference = swapped_block(dtype, bias=bias, padding_mode=padding_mode)
+        x = images(dtype)
+        for make in (torch.no_grad, torch.inference_mode):
+            with make():
+                assert calls(model, x) == JOINED
+                assert_close(model(x), reference(x), dtype)
+        assert calls(model, x) == SEPARATE
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        assert calls(model, x) == JOINED
+        assert calls(model, x.requires_grad_()) == SEPARATE
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("mixed", (False, True), ids=("", "float32 norms"))
+def test_16_bit_evaluation_without_gradients(dtype, mixed):
+    """One rounding instead of several: not further from float64 than the original."""
+    model, reference = (net.to(dtype) for net in swapped_block(torch.float32))
+    if mixed:
+        for net in (model, reference):
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.float()
+    x = images(dtype)
+    right = copy.deepcopy(reference).double()
+    with torch.no_grad():
+        assert calls(model, x) == JOINED
+        y = model(x)
+        error, before = ((z.double() - right(x.double())).norm() for z in (y, reference(x)))
+    assert y.dtype == dtype and error <= 1.1 * before
+
+
+def replaced(model):
+    model.conv = nn.Conv2d(3, 6, 3, padding=1).double()
+
+
+SEPARATING = {
+    "training": lambda m: m.train(),
+    "training of a batch norm": lambda m: (m.bn.train(), m.bn2.train()),
+    "no running statistics": lambda m: [
+        setattr(norm, name, None) for norm in (m.bn, m.bn2) for name in ("running_mean", "running_var")
+    ],
+    "hooks": lambda m: [n.register_forward_hook(lambda *args: None) for n in (m.conv, m.conv2)],
+    "an activation": lambda m: [setattr(n, "activation", "relu") for n in (m.conv, m.conv2)],
+    "a forward of its own": lambda m: [setattr(n, "forward", n.forward) for n in (m.conv, m.conv2)],
+}
+
+
+@pytest.mark.parametrize("change", SEPARATING.values(), ids=SEPARATING)
+def test_what_needs_the_layers_one_by_one_gets_them(change):
+    model, _ = swapped_block()
+    change(model)
+    with torch.no_grad():
+        assert calls(model, images()) == SEPARATE
+
+
+def test_a_convolution_that_is_not_convkits_stays():
+    model, reference = swapped_block()
+    replaced(model), replaced(reference)
+    reference.conv.load_state_dict(model.conv.state_dict())
+    with torch.no_grad():
+        assert calls(model, images()) == {"conv2d": 2, "batch_norm_relu": 1}
+        assert_close(model(images()), reference(images()))
+
+
+def test_autocast_keeps_the_dtypes():
+    model, reference = swapped_block(torch.float32)
+    x = images(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert calls(model, x) == SEPARATE
+        assert model(x).dtype == reference(x).dtype
+
+
+def test_refused_as_before():
+    """An input, an eps or a size that one of the layers refuses, with the same message."""
+    for change in (
+        lambda m: setattr(m.bn, "eps", float("nan")),
+        lambda m: setattr(m.conv, "weight", nn.Parameter(torch.randn(5, 3, 3, 3).double())),
+        lambda m: setattr(m, "bn", nn.BatchNorm2d(7).double().eval()),
+        lambda m: setattr(m, "conv2", cnn.Conv2d(6, 8, 3, 3).double()),
+    ):
+        messages = []
+        for joins in (False, True):
+            model, _ = swapped_block()
+            change(model)
+            with torch.set_grad_enabled(not joins), pytest.raises((RuntimeError, ValueError)) as error:
+                model(images())
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+
+
+def test_an_input_that_something_else_may_change_is_read_before():
+    class Writes(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.writes = conv(3, 3), nn.BatchNorm2d(3), Writes()
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return F.relu(y + self.writes(x))
+
+    model = build(Between).eval()
+    reference = copy.deepcopy(model)
+    convkit.swap(model)
+    assert fused(model) == ["bn"]
+    with torch.no_grad():
+        assert calls(model, images()) == {"conv2d": 1, "batch_norm_relu": 1}
+        assert_close(model(images()), reference(images()))
 
 
 def stored(m, y, x):
@@ -507,7 +665,7 @@ def test_hooks_on_what_would_be_fused(name, when):
         assert "hooks" in row(report, "bn").reason and type(model) is Ends
     getattr(reference, name).register_forward_hook(outputs(expected))
     assert_same_behaviour(model, reference, images())
-    assert len(seen) == len(expected) == 3
+    assert len(seen) == len(expected) == 4  # two steps of training, two evaluations
     assert_close(seen, expected)
 
 

@@ -66,8 +66,17 @@ def check_all(checks) -> None:
 @pytest.mark.parametrize("problem", TEST_PROBLEMS, ids=str)
 def test_conv2d(problem: ConvProblem):
     bias, activation = dice(problem, 4) != 0, (None, "relu")[dice(problem, 3) == 0]
-    forms = [problem.replace(**form) for form in FORMS]
-    check_all(lambda p=p: check_accuracy(lambda g: conv_sample(p, g, bias, activation)) for p in forms)
+    check_all(
+        lambda p=p, e=e: check_accuracy(lambda g: conv_sample(p, g, bias, activation, **e))
+        for p, e in with_epilogues(problem)
+    )
+
+
+def with_epilogues(problem: ConvProblem):
+    """The problem in all forms, and over these neither, one or both of scale and residual, in both layouts."""
+    for i, form in enumerate(FORMS):
+        which = (dice(problem, 4) + i // 2 + 2 * (i % 2)) % 4
+        yield problem.replace(**form), {"scale": which % 2 == 1, "residual": which >= 2}
 
 
 @pytest.mark.parametrize("problem", REVERSIBLE, ids=str)
@@ -120,13 +129,17 @@ def test_options(name: str, dtype: str):
 @pytest.mark.parametrize(
     "make",
     (
-        lambda g, **form: conv_sample(ConvProblem.parse("n2c17h7w6k18r3s3p1").replace(**form), g),
         lambda g, **form: conv_sample(
-            ConvProblem.parse("n2c18h7w6k18r3s3u2p1g18").replace(**form), g, activation="relu"
+            ConvProblem.parse("n2c17h7w6k18r3s3p1").replace(**form), g, scale=True, residual=True
+        ),
+        lambda g, **form: conv_sample(
+            ConvProblem.parse("n2c18h7w6k18r3s3u2p1g18").replace(**form), g, activation="relu", residual=True
         ),
         lambda g, **form: conv_sample(ConvProblem.parse("n2c6h6w7k9r2s3p0x1x1x0d1x2g3").replace(**form), g),
-        lambda g, **form: conv_sample(ConvProblem.parse("n3c8h3w3k6r1s1").replace(**form), g),
-        lambda g, **form: conv_sample(ConvProblem.parse("n2c1h7w7k5r5s5u2p2").replace(**form), g),
+        lambda g, **form: conv_sample(ConvProblem.parse("n3c8h3w3k6r1s1").replace(**form), g, residual=True),
+        lambda g, **form: conv_sample(
+            ConvProblem.parse("n2c1h7w7k5r5s5u2p2").replace(**form), g, scale=True, residual=True
+        ),
         lambda g, **form: transpose_sample(ConvProblem.parse("n2c7h6w8k9r3s3u2p1").replace(**form), g),
         lambda g, **form: separable_sample(ConvProblem.parse("n2c9h6w5k9r3s3p1g9").replace(**form), 10, g),
         lambda g, **form: im2col_sample(ConvProblem.parse("n2c5h6w5k1r3s3p1").replace(**form), g),
@@ -139,6 +152,18 @@ def test_layouts(make, layout: str):
     for dtype in DTYPES:
         check_accuracy(lambda g, dtype=dtype: make(g, dtype=dtype).map(arrange))
         check_accuracy(lambda g, dtype=dtype: make(g, dtype=dtype), arrange)
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+@pytest.mark.parametrize("text", ("n2c17h7w6k18r3s3p1", "n2c16h7w6k16r3s3p1g16", "n3c8h3w3k6r1s1", "n2c1h7w7k5r5s5p2"))
+def test_float32_scale_and_bias(text: str, layout: str):
+    """Of an epilogue with a 16-bit input."""
+    for dtype in ("bf16", "f16"):
+        problem = ConvProblem.parse(text).replace(dtype=dtype, layout=layout)
+        for residual in (False, True):
+            check_accuracy(
+                lambda g, p=problem, r=residual: conv_sample(p, g, True, "relu", scale=True, residual=r, mixed=True)
+            )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

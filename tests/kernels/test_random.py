@@ -70,12 +70,15 @@ def arranged(sample: Sample, arrangement, which) -> Sample:
     return Sample(sample.op, sample.tensors | chosen, sample.options, sample.buffers, sample.before_relu)
 
 
-flags = st.tuples(*[st.booleans()] * 3)
+flags = st.tuples(*[st.booleans()] * 5)
 
 
-@given(conv_problems(), st.booleans(), activations, arrangements, flags, arrangements)
-def test_conv2d(problem, bias, activation, arrangement, which, grad_arrangement):
-    check_accuracy(lambda g: arranged(conv_sample(problem, g, bias, activation), arrangement, which), grad_arrangement)
+@given(conv_problems(), *[st.booleans()] * 3, activations, arrangements, flags, arrangements)
+def test_conv2d(problem, bias, scale, residual, activation, arrangement, which, grad_arrangement):
+    check_accuracy(
+        lambda g: arranged(conv_sample(problem, g, bias, activation, scale, residual), arrangement, which),
+        grad_arrangement,
+    )
 
 
 @given(conv_problems(symmetric=True), st.booleans(), arrangements, flags, st.data())

@@ -32,7 +32,10 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
     """Large enough for several tasks of every kernel, so that the sums could be split in more than one way."""
     form = {"dtype": dtype, "layout": layout}
     problems = {text: ConvProblem.parse(text).replace(**form) for text in CONVOLUTIONS}
-    made = {f"conv2d {text}": conv_sample(problem, activation="relu") for text, problem in problems.items()}
+    made = {
+        f"conv2d {text}": conv_sample(problem, activation="relu", scale=True, residual=True)
+        for text, problem in problems.items()
+    }
     made |= {
         f"conv_transpose2d {text}": transpose_sample(problem)
         for text, problem in problems.items()

@@ -51,9 +51,10 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
     return {
         "dense": conv_sample(conv("n2c5h7w8k18r3s3p1")),
         "dense relu": conv_sample(conv("n2c17h6w6k5r3s3u2p1"), activation="relu"),
-        "1x1": conv_sample(conv("n2c9h5w5k17r1s1"), activation="relu"),
-        "few channels": conv_sample(conv("n2c1h9w9k5r5s5p2")),
-        "depthwise": conv_sample(conv("n2c18h7w8k18r3s3p1g18"), activation="relu"),
+        "dense epilogue": conv_sample(conv("n2c5h7w8k18r3s3p1"), activation="relu", scale=True, residual=True),
+        "1x1": conv_sample(conv("n2c9h5w5k17r1s1"), activation="relu", residual=True),
+        "few channels": conv_sample(conv("n2c1h9w9k5r5s5p2"), scale=True),
+        "depthwise": conv_sample(conv("n2c18h7w8k18r3s3p1g18"), activation="relu", scale=True, residual=True),
         "transposed": transpose_sample(conv("n2c6h8w8k7r3s3u2p1")),
         "separable": separable_sample(conv("n2c6h7w7k6r3s3p1g6"), 5, affines=()),
         "im2col": im2col_sample(conv("n2c3h6w6k1r3s3p1")),
@@ -64,15 +65,17 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
 @pytest.mark.parametrize("layout", ("nchw", "nhwc"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", (NAN, INF, -INF))
-def test_one_bad_value_in_the_input(bad: float, dtype: str, layout: str):
+def test_one_bad_value_in_the_input_or_residual(bad: float, dtype: str, layout: str):
     """It reaches the outputs and weight gradients that it reaches in PyTorch, and no others."""
     for name, sample in samples(dtype, layout).items():
-        for position in ((0, 0, 0, 0), (1, -1, 2, 3)):
-            x = sample.tensors["input"].clone(memory_format=torch.preserve_format)
+        for which, position in itertools.product(("input", "residual"), ((0, 0, 0, 0), (1, -1, 2, 3))):
+            if which not in sample.tensors:
+                continue
+            x = sample.tensors[which].clone(memory_format=torch.preserve_format)
             x[position[: x.dim()]] = bad
-            changed = Sample(sample.op, sample.tensors | {"input": x}, sample.options)
+            changed = Sample(sample.op, sample.tensors | {which: x}, sample.options)
             grad = torch.randn_like(sample())
-            assert_flows_as_in_pytorch(changed, grad, f"{name}, bad value at {position}")
+            assert_flows_as_in_pytorch(changed, grad, f"{name}, bad value of {which} at {position}")
 
 
 @pytest.mark.parametrize("bad", (NAN, INF))
@@ -85,11 +88,13 @@ def test_one_bad_value_in_the_gradient(bad: float, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_bad_bias_or_weight_spoils_its_channel_only(dtype: str):
+def test_one_bad_parameter_spoils_its_channel_only(dtype: str):
     for name, sample in samples(dtype, "nchw").items():
         if "weight" not in sample.tensors:
             continue
-        for which, place in itertools.product(("bias", "weight"), (0, -1)):
+        for which, place in itertools.product(("bias", "weight", "scale"), (0, -1)):
+            if which not in sample.tensors:
+                continue
             value = sample.tensors[which].clone()
             value[place] = NAN
             changed = Sample(sample.op, sample.tensors | {which: value}, sample.options)
@@ -158,6 +163,9 @@ def empty_samples() -> dict[str, Sample]:
     return {
         "no images": Sample("conv2d", {"input": x, "weight": w, "bias": b}, {"padding": 1}),
         "no images, relu": Sample("conv2d", {"input": x, "weight": w, "bias": b}, {"activation": "relu"}),
+        "no images, epilogue": Sample(
+            "conv2d", {"input": x, "weight": w, "bias": b, "scale": b, "residual": torch.randn(0, 6, 5, 3)}
+        ),
         "no images, depthwise": Sample("conv2d", {"input": x, "weight": depthwise}, {"groups": 4, "stride": 2}),
         "no images, channels_last": Sample(
             "conv2d", {"input": x.to(memory_format=torch.channels_last), "weight": w}, {"padding": ((0, 1), (2, 0))}
@@ -198,6 +206,15 @@ def test_empty(name: str, dtype: torch.dtype):
     for which, right in theirs.items():
         assert ours[which].shape == right.shape and ours[which].dtype == right.dtype, which
         assert torch.equal(ours[which], right), which
+
+
+def test_convolution_without_channels_and_with_a_scale():
+    """Without channels the result has none either, PyTorch's rule, and nothing to scale."""
+    x, w, scale = torch.randn(2, 0, 7, 5), torch.randn(6, 0, 3, 3), torch.rand(6, requires_grad=True)
+    y = CF.conv2d(x, w, scale=scale)
+    assert y.shape == (2, 0, 5, 3)
+    y.sum().backward()
+    assert scale.grad.tolist() == [0.0] * 6
 
 
 def test_batch_norm_without_channels_and_with_parameters():

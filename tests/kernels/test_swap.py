@@ -377,6 +377,8 @@ def test_compiles():
         for output in outputs:
             output.square().sum().backward()
         assert_close(*outputs, torch.float32)
+    with torch.no_grad():
+        assert_close(*(m(images(torch.float32)) for m in (compiled, reference)), torch.float32)
     gradients = [[parameter.grad for parameter in m.parameters()] for m in (model, reference)]
     assert_close(*gradients, torch.float32)
     assert_close(dict(model.named_buffers()), dict(reference.named_buffers()), torch.float32)

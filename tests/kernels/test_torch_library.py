@@ -69,7 +69,12 @@ def detached(args, requires_grad: bool):
 
 # One call of each operator through the whole opcheck, which compiles it, forward and backward, with dynamic shapes.
 FIRST = {name.split(" ")[-1]: name for name in reversed(CALLS)}
-MORE = ("conv2d relu 0 conv2d", "conv2d one-sided 0 conv2d", "batch_norm_relu training residual 0 batch_norm_relu")
+MORE = (
+    "conv2d relu 0 conv2d",
+    "conv2d epilogue 0 conv2d",
+    "conv2d one-sided 0 conv2d",
+    "batch_norm_relu training residual 0 batch_norm_relu",
+)
 
 
 @pytest.mark.parametrize("name", [*FIRST.values(), *MORE])
@@ -144,6 +149,7 @@ def test_meta_tensors():
 
 COMPILED = (
     "conv2d relu",
+    "conv2d epilogue",
     "conv2d same",
     "conv2d unbatched",
     "conv_transpose2d output_padding",
@@ -238,7 +244,7 @@ def test_export_with_a_dynamic_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ("conv2d relu", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d")
+    "name", ("conv2d relu", "conv2d epilogue", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d")
 )
 def test_vmap(name: str):
     """A loop over the first dimension, where there is nothing better."""

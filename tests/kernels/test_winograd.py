@@ -13,7 +13,7 @@ import threading
 
 import pytest
 import torch
-from kernel_checks import Sample, conv_sample, transpose_sample
+from kernel_checks import Sample, conv_sample, offset, transpose_sample
 
 import convkit
 import convkit.functional as CF
@@ -71,9 +71,11 @@ def test_image_sizes(everywhere, height: int, layout: str):
     for width, padding in itertools.product((1, 2, 3, 4, 5, 7, 8, 9, 13, 14), (0, 1)):
         if min(height, width) + 2 * padding >= 3:
             bias, activation = (height + width) % 2 == 0, (None, "relu")[width % 2]
+            scale, residual = (height + padding) % 2 == 0, (height + width) % 3 > 0
             problem = parse(f"n2c5h{height}w{width}k6r3s3p{padding}", layout)
             assert "winograd" in _C.plan(str(problem), "fprop")
-            assert_within_bound(conv_sample(problem, bias=bias, activation=activation))
+            sample = conv_sample(problem, None, bias, activation, scale, residual)
+            assert_within_bound(sample)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +84,9 @@ def test_channels_and_filters(everywhere, channels: int, layout: str):
     """Counts around the widths of vectors and of blocks of 64, of either."""
     for text in (f"n1c{channels}h6w7k20r3s3p1", f"n3c20h5w9k{channels}r3s3p1"):
         problem = parse(text, layout)
-        assert_within_bound(conv_sample(problem, activation="relu"), conv_sample(problem, bias=False))
+        assert_within_bound(
+            conv_sample(problem, activation="relu", scale=True, residual=True), conv_sample(problem, bias=False)
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,10 +118,10 @@ def test_weights_in_any_layout(everywhere, arrange):
 
 
 def test_unaligned_tensors(everywhere):
-    sample = conv_sample(parse("n40c32h8w8k32r3s3p1"))  # an output large enough to be streamed past the caches
-    x = sample.tensors["input"]
-    moved = torch.as_strided(torch.empty(x.numel() + 3), x.shape, x.stride(), 3).copy_(x)
-    assert_within_bound(sample, dataclasses.replace(sample, tensors=sample.tensors | {"input": moved}))
+    # An output large enough to be streamed past the caches.
+    sample = conv_sample(parse("n40c32h8w8k32r3s3p1"), residual=True)
+    moved = {name: offset(sample.tensors[name]) for name in ("input", "residual")}
+    assert_within_bound(sample, dataclasses.replace(sample, tensors=sample.tensors | moved))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,7 +220,7 @@ def test_the_same_choice_for_any_number_of_threads():
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitwise_the_same_with_any_number_of_threads(everywhere, text: str, layout: str):
-    sample = conv_sample(parse(text, layout), activation="relu")
+    sample = conv_sample(parse(text, layout), activation="relu", scale=True, residual=True)
     grad = torch.randn_like(sample())
     first = sample.evaluate(CF, grad)
     for threads in (1, 2, 3, 5):

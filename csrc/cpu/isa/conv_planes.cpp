@@ -147,21 +147,21 @@ template <class S> struct Planes {
     }
   }
 
-  void write_row(const T* out, S* to) const {
+  template <class Finish> void write_row(const T* out, S* to, Finish finish) const {
     if constexpr (sizeof(S) == sizeof(T))
       if (streamed) {
-        for (int64_t j = 0; j < dst_w; j += L) stream(to + j, load(out + j));
+        for (int64_t j = 0; j < dst_w; j += L) stream(to + j, finish(load(out + j), to + j, L));
         return;
       }
-    copy_values(out, to, dst_w);
+    copy_values(out, to, dst_w, finish);
   }
 
-  // Finished rows, out[channel][row][phase][plan.outputs], to rows [first, last) of the destination.
-  void emit(const T* out, S* image, int64_t channel, int64_t channels, int64_t first, int64_t last) const {
+  // Rows out[channel][row][phase][plan.outputs] to rows [first, last) of the destination.
+  template <class Finish> void emit(const T* out, S* image, int64_t channel, int64_t channels, int64_t first, int64_t last, Finish finish) const {
     int64_t row = phases * plan.outputs, channel_size = plan.rows_per_task * row;
     for (int64_t i = first; i < last; ++i, out += row) {
       if (phases == 1 && p.layout == Layout::nhwc) {
-        transpose_block(out, channel_size, image + i * dst_w * dst_c + channel, dst_c, channels, dst_w, streamed);
+        transpose_block(out, channel_size, image + i * dst_w * dst_c + channel, dst_c, channels, dst_w, streamed, finish);
         continue;
       }
       for (int64_t m = 0; m < channels; ++m) {
@@ -169,7 +169,7 @@ template <class S> struct Planes {
         S* to = image + (nchw ? ((channel + m) * dst_h + i) * dst_w : i * dst_w * dst_c + channel + m);
         int64_t step = nchw ? 1 : dst_c;
         if (phases == 1) {
-          write_row(out + m * channel_size, to);
+          write_row(out + m * channel_size, to, finish);
           continue;
         }
         for (int64_t phase = 0; phase < phases; ++phase)
@@ -242,22 +242,25 @@ template <class S> struct Planes {
             for (int64_t m = 0; m < dst_cg; m += kPlanesChannels)
               compute(planes + g * src_cg * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kPlanesChannels, dst_cg - m), first,
                       last, out + (g * dst_cg + m) * out_channel, offsets, numbers);
-          finish(out, group * dst_cg, groups * dst_cg);
-          emit(out, dst, group * dst_cg, groups * dst_cg, first, last);
+          affine(out, group * dst_cg, groups * dst_cg);
+          with_residual<S>(a, [&](auto finish) { emit(out, dst, group * dst_cg, groups * dst_cg, first, last, finish); });
         }
       }
       if (streamed) fence();
     });
   }
 
-  void finish(T* out, int64_t channel, int64_t channels) const {
-    if (a.bias == nullptr && !a.relu) return;
+  // Scale, bias, and ReLU where no residual comes before it.
+  void affine(T* out, int64_t channel, int64_t channels) const {
+    bool clamp = a.relu && a.residual == nullptr;
+    if (a.scale == nullptr && a.bias == nullptr && !clamp) return;
     int64_t channel_size = plan.rows_per_task * phases * plan.outputs;
     for (int64_t m = 0; m < channels; ++m) {
-      T shift = a.bias == nullptr ? T(0) : T(get(static_cast<const S*>(a.bias) + channel + m));
+      T scale = a.scale == nullptr ? T(1) : static_cast<const T*>(a.scale)[channel + m];
+      T shift = a.bias == nullptr ? T(0) : bias_of<S>(a, channel + m);
       for (int64_t j = 0; j < channel_size; j += L) {
-        vec<T> v = load(out + m * channel_size + j) + broadcast(shift);
-        store(out + m * channel_size + j, a.relu ? relu<T>(v) : v);
+        vec<T> v = load(out + m * channel_size + j) * broadcast(scale) + broadcast(shift);
+        store(out + m * channel_size + j, clamp ? relu<T>(v) : v);
       }
     }
   }

@@ -34,9 +34,10 @@ template <class S> struct Pointwise {
 
   Pointwise(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
-  // weights[dst channel][depth], rows of which the tile broadcasts; then the bias.
+  // weights[dst channel][depth], rows of which the tile broadcasts; then scale and bias.
   T* weights() const { return reinterpret_cast<T*>(ws + plan.weights.offset); }
-  T* bias() const { return weights() + dst_c * depth; }
+  T* scale() const { return weights() + dst_c * depth; }
+  T* bias() const { return scale() + dst_c; }
 
   void pack() const {
     const S* from = static_cast<const S*>(a.weight);
@@ -53,8 +54,8 @@ template <class S> struct Pointwise {
           for (int64_t k = 0; k < count; ++k) copy_strided(source + k * (plan.input_grad ? st.c : st.k), plan.input_grad ? st.k : st.c, to + k * depth, depth);
       }
     });
-    if (a.bias != nullptr)
-      for (int64_t k = 0; k < dst_c; ++k) bias()[k] = get(static_cast<const S*>(a.bias) + k);
+    for (int64_t k = 0; a.scale != nullptr && k < dst_c; ++k) scale()[k] = static_cast<const T*>(a.scale)[k];
+    for (int64_t k = 0; a.bias != nullptr && k < dst_c; ++k) bias()[k] = bias_of<S>(a, k);
   }
 
   // Calls f(image, first pixel of it, count, lane) for the runs of pixels [first, first + count) within images.
@@ -119,20 +120,29 @@ template <class S> struct Pointwise {
             tile.columns = int(min_of<int64_t>(kWidth, count - lane));
             tile.valid_rows = int(min_of<int64_t>(kRows, filters - t * kRows));
             tile.panel = panels + lane * depth;
+            tile.row_scale = a.scale == nullptr ? nullptr : scale() + channel;
             tile.row_bias = a.bias == nullptr ? nullptr : bias() + channel;
             bool inside_image = at + tile.columns <= pq;
             S* out = static_cast<S*>(a.dst) + ((first + lane) / pq * dst_c + channel) * pq + at;
+            tile.residual = static_cast<const S*>(a.residual), tile.origin = static_cast<const S*>(a.dst);
             for (int m = 0; m < kRows; ++m) {
               rows[m] = weights() + (channel + min_of(m, tile.valid_rows - 1)) * depth;
               dst[m] = inside_image ? out + m * pq : aside + m * kWidth;
             }
             tile.streamed = streamed && inside_image;
+            // Of a tile that goes aside, f(place in the tensor, place aside, elements) for what lies together.
+            auto each_run = [&](auto&& f) {
+              each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
+                for (int m = 0; m < tile.valid_rows; ++m) f((image * dst_c + channel + m) * pq + pixel, aside + m * kWidth + from, n * sizeof(S));
+              });
+            };
+            if (!inside_image && a.residual != nullptr) {
+              each_run([&](int64_t place, S* to, size_t bytes) { std::memcpy(static_cast<void*>(to), static_cast<const S*>(a.residual) + place, bytes); });
+              tile.residual = tile.origin = aside;
+            }
             rows_tile<T, S, kRows, kVectors>(tile);
-            if (inside_image) continue;
-            each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
-              for (int m = 0; m < tile.valid_rows; ++m)
-                std::memcpy(static_cast<void*>(static_cast<S*>(a.dst) + (image * dst_c + channel + m) * pq + pixel), aside + m * kWidth + from, n * sizeof(S));
-            });
+            if (!inside_image)
+              each_run([&](int64_t place, const S* from, size_t bytes) { std::memcpy(static_cast<void*>(static_cast<S*>(a.dst) + place), from, bytes); });
           }
       }
       if (streamed) fence();

@@ -78,8 +78,9 @@ template <class S> struct Rows {
 
   Rows(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
-  // panels[group][column tile][tap][depth][width], then the bias padded to whole tiles.
+  // panels[group][column tile][tap][depth][width], then bias and scale padded to whole tiles.
   T* bias() const { return zeros + plan.src_c; }
+  T* scale() const { return bias() + p.groups * plan.column_tiles * width; }
 
   void pack() const {
     const S* weight = static_cast<const S*>(a.weight);
@@ -102,12 +103,13 @@ template <class S> struct Rows {
       }
     });
     fill_zero(zeros, plan.src_c);
-    if (a.bias != nullptr) {
-      const S* from = static_cast<const S*>(a.bias);
+    auto pad = [&](T* to, auto&& value) {
       for (int64_t group = 0; group < p.groups; ++group)
         for (int64_t j = 0; j < plan.column_tiles * width; ++j)
-          bias()[group * plan.column_tiles * width + j] = j < plan.group_columns ? get(from + group * plan.group_columns + j) : T(0);
-    }
+          to[group * plan.column_tiles * width + j] = j < plan.group_columns ? value(group * plan.group_columns + j) : T(0);
+    };
+    if (a.bias != nullptr) pad(bias(), [&](int64_t channel) { return bias_of<S>(a, channel); });
+    if (a.scale != nullptr) pad(scale(), [&](int64_t channel) { return static_cast<const T*>(a.scale)[channel]; });
   }
 
   // Pointers, taps and destinations of the tiles of one block. A tile whose rows are all clear of the padding has one
@@ -206,7 +208,8 @@ template <class S> struct Rows {
     }
   }
 
-  template <class D> void compute(const T* src, D* dst, int64_t images) const {
+  // `residual`: of dst's type and order, or null.
+  template <class D> void compute(const T* src, D* dst, const D* residual, bool relu, int64_t images) const {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
     int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
     RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
@@ -226,9 +229,11 @@ template <class S> struct Rows {
         tile.panel = panels + (group * plan.column_tiles + tile_column) * panel_size;
         tile.dst_offset = group * plan.group_columns + tile_column * width;
         tile.columns = int(min_of(width, plan.group_columns - tile_column * width));
-        tile.scale = nullptr;
-        tile.bias = a.bias == nullptr ? nullptr : bias() + (group * plan.column_tiles + tile_column) * width;
-        tile.relu = a.relu;
+        int64_t padded_column = (group * plan.column_tiles + tile_column) * width;
+        tile.scale = a.scale == nullptr ? nullptr : scale() + padded_column;
+        tile.bias = a.bias == nullptr ? nullptr : bias() + padded_column;
+        tile.residual = residual, tile.origin = dst;
+        tile.relu = relu;
         tile.streamed = streamed;
         tile.ahead = plan.across_images ? 0 : plan.rows * plan.src_c * (plan.input_grad ? 1 : p.stride_w);
         for (int64_t t = 0; t * plan.rows < count; ++t) {
@@ -258,10 +263,13 @@ template <class S> struct Rows {
       else
         src = reinterpret_cast<const T*>(a.src) + first * plan.src_h * plan.src_w * plan.src_c;
       if (plan.stage_dst) {
-        compute(src, staged_dst, images);
-        unstage_images(pool, staged_dst, {plan.dst_h, plan.dst_w, plan.dst_c, p.layout}, static_cast<S*>(a.dst), first, images);
+        compute<T>(src, staged_dst, nullptr, a.relu && a.residual == nullptr, images);
+        with_residual<S>(a, [&](auto finish) {
+          unstage_images(pool, staged_dst, {plan.dst_h, plan.dst_w, plan.dst_c, p.layout}, static_cast<S*>(a.dst), first, images, finish);
+        });
       } else {
-        compute(src, static_cast<S*>(a.dst) + first * plan.dst_h * plan.dst_w * plan.dst_c, images);
+        int64_t at = first * plan.dst_h * plan.dst_w * plan.dst_c;
+        compute<S>(src, static_cast<S*>(a.dst) + at, a.residual == nullptr ? nullptr : static_cast<const S*>(a.residual) + at, a.relu, images);
       }
     }
   }

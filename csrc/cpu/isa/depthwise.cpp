@@ -57,7 +57,7 @@ template <class S> struct Depthwise {
           for (int64_t l = 0; l < channels; ++l) to[s * L + l] = get(row + l * st.k + s * st.s);
       }
     if (a.bias != nullptr)
-      for (int64_t c = 0; c < p.c; ++c) bias()[c] = get(static_cast<const S*>(a.bias) + c);
+      for (int64_t c = 0; c < p.c; ++c) bias()[c] = bias_of<S>(a, c);
   }
 
   // Source pixel (first_row, first_column) of a block's first channel; pixels are `pixel` and rows `row` elements apart;
@@ -80,8 +80,8 @@ template <class S> struct Depthwise {
     }
   };
 
-  // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0).
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
+  // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0), and so is `residual`, if any.
+  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, bool relu, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
     int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, output_pixels = input_grad ? 1 : p.stride_w;
     const T* weight = weights + channel / L * filter;
     DepthwiseRow<T> run;
@@ -106,7 +106,8 @@ template <class S> struct Depthwise {
           coming.some();
           Taps down = taps_at(i, p.r, p.stride_h, p.pad_top, p.dilation_h, input_grad);
           Range valid = inside(down.count, down.source_step, down.source - src.first_row, src.rows);
-          run.out = out + ((i - first) * dst_w + phase) * out_pixel;
+          int64_t at = ((i - first) * dst_w + phase) * out_pixel;
+          run.out = out + at;
           int64_t next = down.source + (valid.end - 1) * down.source_step - src.first_row + (input_grad ? 1 : p.stride_h);
           run.ahead = plan.stage || valid.begin == valid.end || next >= src.rows ? 0 : src.row * (input_grad ? 1 : p.stride_h);
           int64_t r = valid.begin;
@@ -114,8 +115,11 @@ template <class S> struct Depthwise {
             int64_t end = min_of(valid.end, r + kMaxDepthwiseRows);
             run.row_count = int(end - r);
             run.accumulate = r != valid.begin;
-            run.shift = end == valid.end && a.bias != nullptr ? bias() + channel : nullptr;
-            run.relu = end == valid.end && a.relu;
+            bool done = end == valid.end;
+            run.scale = done && a.scale != nullptr ? static_cast<const T*>(a.scale) + channel : nullptr;
+            run.shift = done && a.bias != nullptr ? bias() + channel : nullptr;
+            run.residual = done && residual != nullptr ? residual + at : nullptr;
+            run.relu = done && relu;
             for (int64_t j = r; j < end; ++j) {
               run.rows[j - r] = src.at + (down.source + j * down.source_step - src.first_row) * src.row + run.origin * src.pixel;
               run.weights[j - r] = weight + ((down.first + j * down.step) * p.s + across.first) * L;
@@ -162,30 +166,32 @@ template <class S> struct Depthwise {
           }
         }
         if (direct) {
-          output_rows(part, first, last, reinterpret_cast<T*>(to) + first * dst_w * p.c + channel, p.c, channel, channels, coming);
+          int64_t at = (image * dst_h + first) * dst_w * p.c + channel;
+          const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + at;
+          output_rows(part, first, last, static_cast<T*>(a.dst) + at, residual, a.relu, p.c, channel, channels, coming);
         } else {
           T* out = scratch(thread) + plan.staged_elements;
-          output_rows(part, first, last, out, plan.channel_block, channel, channels, coming);
-          unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels);
+          output_rows(part, first, last, out, nullptr, a.relu && a.residual == nullptr, plan.channel_block, channel, channels, coming);
+          with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
         }
       }
       if (aligned) fence();
     });
   }
 
-  void unstage(const T* out, S* image, int64_t first, int64_t pixels, int64_t channel, int64_t channels) const {
+  template <class Finish> void unstage(const T* out, S* image, int64_t first, int64_t pixels, int64_t channel, int64_t channels, Finish finish) const {
     int64_t hw = dst_h * dst_w;
     S* to = image + channel * hw + first;
     if constexpr (sizeof(S) == sizeof(T)) {
-      if (streamed_planes) return transpose_block(out, plan.channel_block, to, hw, pixels, channels, true);
+      if (streamed_planes) return transpose_block(out, plan.channel_block, to, hw, pixels, channels, true, finish);
       if (streamed_block) {
         T* planes = const_cast<T*>(out) + plan.channel_block * hw;
         transpose_block(out, plan.channel_block, planes, hw, pixels, channels);
-        for (int64_t i = 0; i < channels * hw; i += L) stream(to + i, load(planes + i));
+        for (int64_t i = 0; i < channels * hw; i += L) stream(to + i, finish(load(planes + i), to + i, L));
         return;
       }
     }
-    unstage_pixels(out, plan.channel_block, image, p.layout, hw, p.c, first, pixels, channel, channels);
+    unstage_pixels(out, plan.channel_block, image, p.layout, hw, p.c, first, pixels, channel, channels, finish);
   }
 
   // Of rows of h x w planes, in so many turns.

@@ -28,7 +28,8 @@ template <class T> struct DepthwiseRow {
   int64_t ahead;                        // elements from the last filter row to the source row worth fetching early, or 0
   bool accumulate;                      // add to what `out` holds: later runs of a tall filter
   bool streamed;                        // write past the caches; `out` and out_step are whole vectors then
-  const T* shift;                       // per channel, or null
+  const T *scale, *shift;               // per channel, or null
+  const T* residual;                    // of output 0, in the order of `out`, or null
   bool relu;
 };
 
@@ -64,12 +65,20 @@ CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int c
   T* out = a.out + q * a.out_step + channel;
   int64_t out_step = a.out_step;
   bool streamed = a.streamed;
+  if (a.accumulate)
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(out + t * out_step);
+  if (a.scale != nullptr) {
+    vec<T> scale = fetch(a.scale + channel);
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] *= scale;
+  }
   if (a.shift != nullptr) {
     vec<T> shift = fetch(a.shift + channel);
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] += shift;
   }
-  if (a.accumulate)
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(out + t * out_step);
+  if (a.residual != nullptr) {
+    const T* residual = a.residual + q * out_step + channel;
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(residual + t * out_step);
+  }
   if (a.relu)
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = relu<T>(sum[t]);
   CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out += out_step) {
@@ -114,8 +123,11 @@ template <class T> __attribute__((noinline)) void depthwise_row_any(const Depthw
         }
       }
       T* out = a.out + q * a.out_step + c;
-      if (a.shift != nullptr) sum += lanes == L ? load(a.shift + c) : load_n(a.shift + c, lanes);
-      if (a.accumulate) sum += lanes == L ? load(out) : load_n(out, lanes);
+      auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+      if (a.accumulate) sum += fetch(out);
+      if (a.scale != nullptr) sum *= fetch(a.scale + c);
+      if (a.shift != nullptr) sum += fetch(a.shift + c);
+      if (a.residual != nullptr) sum += fetch(a.residual + q * a.out_step + c);
       if (a.relu) sum = relu<T>(sum);
       if (lanes != L) store_n(out, sum, lanes);
       else if (a.streamed) stream(out, sum);

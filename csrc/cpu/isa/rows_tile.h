@@ -40,7 +40,8 @@ template <class T, class S> struct RowsTile {
   int columns;            // valid columns, at most NV * lanes
   const T* scale;         // per column or null
   const T* bias;          // per column or null
-  const T* row_bias = nullptr;  // per row or null
+  const T *row_scale = nullptr, *row_bias = nullptr;  // per row or null
+  const S *residual = nullptr, *origin = nullptr;     // residual, or null, and dst's tensor: both begin here, and lie alike
   bool relu;
   bool streamed;          // write past the caches: every dst + dst_offset is aligned, and columns are whole vectors
 };
@@ -105,10 +106,25 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
       vec<T> bias = load(a.bias + v * L);
       CONVKIT_UNROLL for (int m = 0; m < MR; ++m) acc[m][v] += bias;
     }
+  if (a.row_scale != nullptr)
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+      vec<T> scale = broadcast(a.row_scale[m]);
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] *= scale;
+    }
   if (a.row_bias != nullptr)
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
       vec<T> bias = broadcast(a.row_bias[m]);
       CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += bias;
+    }
+  if (a.residual != nullptr)
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+      if (m == a.valid_rows) break;
+      const S* from = a.residual + (a.dst[m] - a.origin) + a.dst_offset;
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
+        int left = a.columns - v * L;
+        if (left >= L) acc[m][v] += load(from + v * L);
+        else if (left > 0) acc[m][v] += load_n(from + v * L, left);
+      }
     }
   if (a.relu)
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m)

@@ -2,17 +2,46 @@
 // kernels read and write. This is where layouts and 16-bit types are dealt with, once.
 #pragma once
 
-#include "../../problem.h"
+#include "../../arguments.h"
 #include "../pool.h"
 #include "vec.h"
 
 namespace convkit::cpu::CONVKIT_ISA {
 
+// What is still done to a vector of n values before it is stored at `to`: nothing, or
+struct AsItIs {
+  template <class V, class D> CONVKIT_INLINE V operator()(V v, const D*, int) const { return v; }
+};
+
+// the end of an epilogue: the residual, which lies as dst does, is added, and ReLU. Results that are copied to where they
+// belong are read with it only then, in the one pass that there is over dst.
+template <class S> struct AddResidual {
+  const S *residual, *dst;
+  bool relu;
+  CONVKIT_INLINE vec<compute_t<S>> operator()(vec<compute_t<S>> v, const S* to, int n) const {
+    const S* from = residual + (to - dst);
+    v += n == kLanes<compute_t<S>> ? load(from) : load_n(from, n);
+    return relu ? cpu::CONVKIT_ISA::relu<compute_t<S>>(v) : v;
+  }
+};
+
+// Calls f with what is left to do after scale and bias; ReLU is done with these where there is no residual.
+template <class S, class F> CONVKIT_INLINE void with_residual(const convkit::ConvArgs& a, F&& f) {
+  if (a.residual == nullptr) f(AsItIs{});
+  else f(AddResidual<S>{static_cast<const S*>(a.residual), static_cast<const S*>(a.dst), a.relu});
+}
+
+// The bias of a channel: of the arithmetic's type beside a scale.
+template <class S> CONVKIT_INLINE compute_t<S> bias_of(const convkit::ConvArgs& a, int64_t channel) {
+  if (a.scale != nullptr) return static_cast<const compute_t<S>*>(a.bias)[channel];
+  return get(static_cast<const S*>(a.bias) + channel);
+}
+
 // to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time, in registers.
 // `streamed`: whole vectors of `to` are written past the caches; it and to_stride are aligned then.
-template <class S, class D>
+template <class S, class D, class Finish = AsItIs>
 CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns,
-                                    bool streamed = false) {
+                                    bool streamed = false, Finish finish = {}) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>;
   for (int64_t j = 0; j < columns; j += L)
@@ -26,25 +55,25 @@ CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, i
         transpose<T>(square);
         if constexpr (sizeof(D) == sizeof(T)) {
           if (streamed) {
-            CONVKIT_UNROLL for (int k = 0; k < L; ++k) stream(out + k * to_stride, square[k]);
+            CONVKIT_UNROLL for (int k = 0; k < L; ++k) stream(out + k * to_stride, finish(square[k], out + k * to_stride, L));
             continue;
           }
         }
-        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(out + k * to_stride, square[k]);
+        CONVKIT_UNROLL for (int k = 0; k < L; ++k) store(out + k * to_stride, finish(square[k], out + k * to_stride, L));
       } else {
         CONVKIT_UNROLL for (int k = 0; k < L; ++k) square[k] = k < ni ? load_n(line + k * from_stride, nj) : vec<T>{};
         transpose<T>(square);
         CONVKIT_UNROLL for (int k = 0; k < L; ++k)
-          if (k < nj) store_n(out + k * to_stride, square[k], ni);
+          if (k < nj) store_n(out + k * to_stride, finish(square[k], out + k * to_stride, ni), ni);
       }
     }
 }
 
-template <class A, class B> CONVKIT_INLINE void copy_values(const A* from, B* to, int64_t n) {
+template <class A, class B, class Finish = AsItIs> CONVKIT_INLINE void copy_values(const A* from, B* to, int64_t n, Finish finish = {}) {
   constexpr int L = kLanes<compute_t<A>>;
   int64_t j = 0;
-  for (; j + L <= n; j += L) store(to + j, load(from + j));
-  if (j < n) store_n(to + j, load_n(from + j, int(n - j)), int(n - j));
+  for (; j + L <= n; j += L) store(to + j, finish(load(from + j), to + j, L));
+  if (j < n) store_n(to + j, finish(load_n(from + j, int(n - j)), to + j, int(n - j)), int(n - j));
 }
 
 // Pixels [first, first + pixels) of an image of `hw` pixels and c channels, channels [channel, channel + channels) of
@@ -58,12 +87,12 @@ CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int6
 }
 
 // The inverse.
-template <class S>
+template <class S, class Finish = AsItIs>
 CONVKIT_INLINE void unstage_pixels(const compute_t<S>* from, int64_t pixel_stride, S* image, Layout layout, int64_t hw, int64_t c,
-                                   int64_t first, int64_t pixels, int64_t channel, int64_t channels) {
-  if (layout == Layout::nchw) return transpose_block(from, pixel_stride, image + channel * hw + first, hw, pixels, channels);
+                                   int64_t first, int64_t pixels, int64_t channel, int64_t channels, Finish finish = {}) {
+  if (layout == Layout::nchw) return transpose_block(from, pixel_stride, image + channel * hw + first, hw, pixels, channels, false, finish);
   S* to = image + first * c + channel;
-  for (int64_t i = 0; i < pixels; ++i, from += pixel_stride, to += c) copy_values(from, to, channels);
+  for (int64_t i = 0; i < pixels; ++i, from += pixel_stride, to += c) copy_values(from, to, channels, finish);
 }
 
 template <class T> CONVKIT_INLINE void fill_zero(T* to, int64_t n) { std::memset(static_cast<void*>(to), 0, n * sizeof(T)); }
@@ -111,15 +140,15 @@ void stage_images(const Pool& pool, const S* src, Image image, int64_t first, in
 }
 
 // The inverse, without padding.
-template <class S>
-void unstage_images(const Pool& pool, const compute_t<S>* staged, Image image, S* dst, int64_t first, int64_t images) {
+template <class S, class Finish>
+void unstage_images(const Pool& pool, const compute_t<S>* staged, Image image, S* dst, int64_t first, int64_t images, Finish finish) {
   int64_t hw = image.h * image.w, pieces = ceil_div(hw, kPixelsPerTask);
   dst += first * hw * image.c;
   parallel(pool, images * pieces, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t at = i % pieces * kPixelsPerTask;
       unstage_pixels(staged + (i / pieces * hw + at) * image.c, image.c, dst + i / pieces * hw * image.c, image.layout, hw, image.c,
-                     at, min_of(kPixelsPerTask, hw - at), 0, image.c);
+                     at, min_of(kPixelsPerTask, hw - at), 0, image.c, finish);
     }
   });
 }

@@ -239,7 +239,10 @@ struct Tiles {
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w;
     const float* bias = a.bias == nullptr ? nullptr : static_cast<const S*>(a.bias) + columns.begin;
+    const float* scale = a.scale == nullptr ? nullptr : static_cast<const S*>(a.scale) + columns.begin;
     bool nchw = p.layout == Layout::nchw;
+    // Contiguous pixels meet the residual, and then ReLU, on their way from the strip.
+    bool residual_here = a.residual != nullptr && !nchw, relu_here = a.relu && !(a.residual != nullptr && nchw);
     rows_of({group(groups.begin).begin, group(groups.end - 1).end}, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut, x0 = tx0 * kTileOut, down = min_of<int64_t>(kTileOut, h - y0), across = min_of(tx1 * kTileOut, w) - x0;
       S* out = static_cast<S*>(a.dst);
@@ -251,13 +254,26 @@ struct Tiles {
         bool whole = down == kTileOut && right == kTileOut;
         for (int64_t v = 0; v < channels; v += L) {
           int64_t lanes = min_of<int64_t>(L, channels - v);
-          V add = bias == nullptr ? V{} : load_up_to(bias + v, lanes), y[kTileOut][kTileOut];
+          V y[kTileOut][kTileOut];
           transform_tile<OutputTransform>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
                                           [&](int i, int j, V value) { y[i][j] = value; });
-          if (bias != nullptr)
+          if (scale != nullptr) {
+            V factor = load_up_to(scale + v, lanes);
+            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] *= factor;
+          }
+          if (bias != nullptr) {
+            V add = load_up_to(bias + v, lanes);
             CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
               CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] += add;
-          if (a.relu)
+          }
+          if (residual_here) {
+            const S* from = static_cast<const S*>(a.residual) + (base - out) + v;
+            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j)
+                if (i < down && j < right) y[i][j] += load_up_to(from + i * row + j * pixel, lanes);
+          }
+          if (relu_here)
             CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
               CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
           if (whole && streaming) {
@@ -279,8 +295,10 @@ struct Tiles {
       if (!nchw) return;
       S* plane = out + (image * plan.dst_c + columns.begin) * h * w + y0 * w + x0;
       bool whole = across == w;
-      for (int64_t y = 0; y < (whole ? 1 : down); ++y)
-        transpose_block(strip + y * row, kWidth, plane + y * w, h * w, whole ? down * across : across, channels);
+      with_residual<S>(a, [&](auto finish) {
+        for (int64_t y = 0; y < (whole ? 1 : down); ++y)
+          transpose_block(strip + y * row, kWidth, plane + y * w, h * w, whole ? down * across : across, channels, false, finish);
+      });
     });
     if (streaming) fence();
   }
