@@ -18,7 +18,7 @@ from torch import Tensor
 
 import convkit.functional as CF
 from convkit import reference
-from convkit.bench.problems import BatchNormProblem, ConvProblem
+from convkit.bench.problems import BatchNormProblem, ConvProblem, MaxPoolProblem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -155,6 +155,12 @@ def _normalized(sample: Sample) -> Tensor:
     return y if residual is None else y + residual
 
 
+def max_pool_sample(problem: MaxPoolProblem, generator=None, activation: str | None = None) -> Sample:
+    options = {"kernel_size": (problem.r, problem.s), "stride": problem.stride, "padding": problem.padding}
+    options |= {"dilation": problem.dilation, "ceil_mode": problem.ceil_mode, "activation": activation}
+    return Sample("max_pool2d", {"input": on_grid(problem.tensors(generator)[0])}, options)
+
+
 def _column_options(problem: ConvProblem) -> dict[str, Any]:
     options = conv_options(problem) | {"kernel_size": (problem.r, problem.s)}
     del options["groups"]
@@ -222,11 +228,21 @@ def small_samples(
         "col2im": col2im_sample(dense, generator),
         "col2im strided dilated": col2im_sample(strided, generator),
     }
+    plain = MaxPoolProblem(2, 3, 6, 4, 2, 2, (2, 2), dtype=dtype, layout=layout)
+    overlapping = MaxPoolProblem(1, 2, 7, 6, 3, 3, (2, 2), (1, 1), dtype=dtype, layout=layout)
+    samples |= {
+        "max_pool2d": max_pool_sample(plain, generator),
+        "max_pool2d relu": max_pool_sample(plain, generator, "relu"),
+        "max_pool2d overlapping": max_pool_sample(overlapping, generator),
+        "max_pool2d ceil_mode": max_pool_sample(overlapping.replace(padding=(1, 0), ceil_mode=True), generator, "relu"),
+        "max_pool2d dilated": max_pool_sample(overlapping.replace(dilation=(2, 1)), generator),
+        "max_pool2d large": max_pool_sample(MaxPoolProblem(1, 2, 17, 18, 16, 17, (1, 1), dtype=dtype, layout=layout), generator),
+    }
     weight_only = samples["batch_norm_relu training"]
     samples["batch_norm_relu weight only"] = dataclasses.replace(
         weight_only, tensors={name: value for name, value in weight_only.tensors.items() if name != "bias"}
     )
-    for name in ("conv2d", "conv_transpose2d", "separable_conv2d", "im2col", "col2im"):
+    for name in ("conv2d", "conv_transpose2d", "separable_conv2d", "max_pool2d", "im2col", "col2im"):
         tensors = samples[name].tensors
         samples[f"{name} unbatched"] = dataclasses.replace(
             samples[name], tensors=tensors | {"input": tensors["input"][0]}
