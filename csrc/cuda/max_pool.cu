@@ -61,8 +61,8 @@ __device__ __forceinline__ void next(const Args& k, Place& at) {
   ++at.plane;
 }
 
-// V taps, accessed at once.
-template <class I, int V> struct alignas(V * sizeof(I)) Taps {
+// V taps, accessed 16 bytes at once, or all.
+template <class I, int V> struct alignas(V * sizeof(I) < 16 ? V * sizeof(I) : 16) Taps {
   I of[V];
 };
 

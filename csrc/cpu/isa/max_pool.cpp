@@ -21,7 +21,9 @@ template <class T, class I> struct Taps8Or32 {
   typedef I type __attribute__((vector_size(kLanes<T> * sizeof(I))));
 };
 
-template <class V, int... J> CONVKIT_INLINE V even_lanes(V a, V b, std::integer_sequence<int, J...>) { return __builtin_shufflevector(a, b, (2 * J)...); }
+template <int first, class V, int... J> CONVKIT_INLINE V every_other(V a, V b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, (2 * J + first)...);
+}
 
 // Contiguous planes: sizes that follow from the problem. `reach`: staged rows (columns) that the last output's taps go on.
 struct Bands {
@@ -72,13 +74,13 @@ template <class S, class I> struct MaxPool {
   };
   static CONVKIT_INLINE Index every(int64_t tap) { return Index{} + decltype(Index{}[0] + 0)(tap); }
 
-  static CONVKIT_INLINE void put_taps(I* to, Index tap, int n = L) {
+  static CONVKIT_INLINE void put_taps(I* to, Index tap) {
     Taps narrow = __builtin_convertvector(tap, Taps);
-    std::memcpy(to, &narrow, n * sizeof(I));
+    std::memcpy(to, &narrow, sizeof narrow);
   }
-  static CONVKIT_INLINE Index get_taps(const I* from, int n = L) {
-    Taps narrow = {};
-    std::memcpy(&narrow, from, n * sizeof(I));
+  static CONVKIT_INLINE Index get_taps(const I* from) {
+    Taps narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
     return __builtin_convertvector(narrow, Index);
   }
 
@@ -90,19 +92,35 @@ template <class S, class I> struct MaxPool {
 
   // ---- channels-last
 
-  template <int N> struct Vectors {};
+  // N vectors of channels, whole ones or a single shorter one.
+  template <int N, bool whole> struct Vectors {
+    int64_t at[N];  // where each begins
+    int lanes;
 
-  // Calls f(Vectors<N>, where each begins, lanes) for all channels. The last vector ends with the last channel, so that it
-  // may hold channels which the one before it has too; with fewer channels than lanes there is a single, shorter one.
-  template <class F> CONVKIT_INLINE void channels(F&& f) const {
-    if (p.c < L) {
-      int64_t at[1] = {0};
-      return f(Vectors<1>{}, at, int(p.c));
+    CONVKIT_INLINE vec<T> load_at(const S* from, int v) const { return whole ? load(from + at[v]) : load_n(from, lanes); }
+    CONVKIT_INLINE void store_at(S* to, int v, vec<T> value) const { whole ? store(to + at[v], value) : store_n(to, value, lanes); }
+    CONVKIT_INLINE Index taps_at(const I* from, int v) const {
+      if (whole) return get_taps(from + at[v]);
+      I some[L] = {};
+      std::memcpy(some, from, lanes * sizeof(I));
+      return get_taps(some);
     }
+    CONVKIT_INLINE void put_taps_at(I* to, int v, Index tap) const {
+      if (whole) return put_taps(to + at[v], tap);
+      I some[L];
+      put_taps(some, tap);
+      std::memcpy(to, some, lanes * sizeof(I));
+    }
+  };
+
+  // Calls f(Vectors) for all channels. The last vector ends with the last channel, so that it may hold channels which the
+  // one before it has too.
+  template <class F> CONVKIT_INLINE void channels(F&& f) const {
+    if (p.c < L) return f(Vectors<1, false>{{0}, int(p.c)});
     for (int64_t c = 0; c < p.c; c += 2 * L) {
-      int64_t at[2] = {min_of(c, p.c - L), min_of(c + L, p.c - L)};
-      if (p.c - c > L) f(Vectors<2>{}, at, L);
-      else f(Vectors<1>{}, at, L);
+      int64_t first = min_of(c, p.c - L), second = min_of(c + L, p.c - L);
+      if (p.c - c > L) f(Vectors<2, true>{{first, second}, L});
+      else f(Vectors<1, true>{{first}, L});
     }
   }
 
@@ -117,22 +135,17 @@ template <class S, class I> struct MaxPool {
           int64_t x = q * p.stride_w - p.pad_w, out = (task * p.q + q) * p.c;
           Range columns = valid(x, p.s, p.dilation_w, p.w);
           bool none = rows.begin == rows.end || columns.begin == columns.end;
-          channels([&]<int N>(Vectors<N>, const int64_t* at, int lanes) {
+          const S* window = image + (y * p.w + x) * p.c;
+          channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
             Largest largest[N];
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].tap = every(none ? -1 : rows.begin * p.s + columns.begin);
-            for (int64_t r = rows.begin; r < rows.end; ++r) {
-              const S* from = image + (y * p.w + x) * p.c + r * row_step;
-              for (int64_t s = columns.begin; s < columns.end; ++s) {
-                Index tap = every(r * p.s + s);
-                CONVKIT_UNROLL for (int v = 0; v < N; ++v)
-                  largest[v].meet(lanes == L ? load(from + s * pixel_step + at[v]) : load_n(from + s * pixel_step, lanes), tap);
-              }
-            }
+            for (int64_t r = rows.begin; r < rows.end; ++r)
+              for (int64_t s = columns.begin; s < columns.end; ++s)
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(of.load_at(window + r * row_step + s * pixel_step, v), every(r * p.s + s));
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
               if (a.relu) largest[v].relu();
-              if (lanes == L) store(dst + out + at[v], largest[v].value);
-              else store_n(dst + out, largest[v].value, lanes);
-              if (taps != nullptr) put_taps(taps + out + at[v], largest[v].tap, lanes);
+              of.store_at(dst + out, v, largest[v].value);
+              if (taps != nullptr) of.put_taps_at(taps + out, v, largest[v].tap);
             }
           });
         }
@@ -140,7 +153,32 @@ template <class S, class I> struct MaxPool {
     });
   }
 
+  // Windows side by side: each output's gradient and tap are read once, for all pixels of its window.
+  void grad_by_windows() const {
+    parallel(pool, p.n * p.p, [&](int64_t begin, int64_t end, int) {
+      for (int64_t task = begin; task < end; ++task) {
+        int64_t image = task / p.p, y = task % p.p * p.r, used = p.q * p.s;
+        S* rows = dst + (image * p.h + y) * p.w * p.c;
+        for (int64_t q = 0; q < p.q; ++q)
+          channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
+            vec<T> grad[N];
+            Index tap[N];
+            int64_t out = (task * p.q + q) * p.c;
+            CONVKIT_UNROLL for (int v = 0; v < N; ++v) grad[v] = of.load_at(src + out, v), tap[v] = of.taps_at(taps + out, v);
+            for (int64_t r = 0; r < p.r; ++r)
+              for (int64_t s = 0; s < p.s; ++s)
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v)
+                  of.store_at(rows + (r * p.w + q * p.s + s) * p.c, v, tap[v] == every(r * p.s + s) ? grad[v] : vec<T>{});
+          });
+        for (int64_t r = 0; r < p.r && used < p.w; ++r) fill_zero(rows + (r * p.w + used) * p.c, (p.w - used) * p.c);
+        if (y + p.r == p.p * p.r) fill_zero(rows + p.r * p.w * p.c, (p.h - p.p * p.r) * p.w * p.c);
+      }
+    });
+  }
+
   void grad_by_pixels() const {
+    bool side_by_side = p.stride_h == p.r && p.stride_w == p.s && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == 0 && p.pad_w == 0;
+    if (side_by_side && p.p * p.r <= p.h && p.q * p.s <= p.w) return grad_by_windows();
     parallel(pool, p.n * p.h, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t first_row = task / p.h * p.p;
@@ -149,7 +187,7 @@ template <class S, class I> struct MaxPool {
         for (int64_t phase = 0; phase < min_of(p.stride_w, p.w); ++phase) {
           auto across = taps_at(phase, p.s, p.stride_w, p.pad_w, p.dilation_w, true);
           for (int64_t x = phase, q0 = across.source; x < p.w; x += p.stride_w, ++q0)
-            channels([&]<int N>(Vectors<N>, const int64_t* at, int lanes) {
+            channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
               vec<T> sum[N] = {};
               for (int64_t i = 0; i < down.count; ++i) {
                 int64_t row = down.source + i * down.source_step;
@@ -159,17 +197,10 @@ template <class S, class I> struct MaxPool {
                   if (q < 0 || q >= p.q) continue;
                   int64_t out = ((first_row + row) * p.q + q) * p.c;
                   Index tap = every((down.first + i * down.step) * p.s + across.first + j * across.step);
-                  CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
-                    vec<T> grad = lanes == L ? load(src + out + at[v]) : load_n(src + out, lanes);
-                    sum[v] += get_taps(taps + out + at[v], lanes) == tap ? grad : vec<T>{};
-                  }
+                  CONVKIT_UNROLL for (int v = 0; v < N; ++v) sum[v] += of.taps_at(taps + out, v) == tap ? of.load_at(src + out, v) : vec<T>{};
                 }
               }
-              S* to = dst + (task * p.w + x) * p.c;
-              CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
-                if (lanes == L) store(to + at[v], sum[v]);
-                else store_n(to, sum[v], lanes);
-              }
+              CONVKIT_UNROLL for (int v = 0; v < N; ++v) of.store_at(dst + (task * p.w + x) * p.c, v, sum[v]);
             });
         }
       }
@@ -182,57 +213,83 @@ template <class S, class I> struct MaxPool {
     for (int64_t j = 0; j < n; ++j) to[j] = -T(__builtin_inf());
   }
 
-  // to[j] = from[j * stride] for j < n; what follows in `to` may be overwritten, by less than a vector.
-  static void take(const S* from, int64_t stride, T* to, int64_t n) {
-    if (stride == 1) return copy_values(from, to, n);
-    if (stride == 2) {
-      for (int64_t j = 0; j < n; j += L) {
-        int64_t left = 2 * (n - j) - 1;
-        vec<T> low = left >= L ? load(from + 2 * j) : load_n(from + 2 * j, int(left)), high = {};
-        if (left > L) high = left >= 2 * L ? load(from + 2 * j + L) : load_n(from + 2 * j + L, int(left - L));
-        store(to + j, even_lanes(low, high, std::make_integer_sequence<int, L>{}));
+  // A row of the image to its columns of phase 0, 1 …, phase_size apart, -inf on either side. What follows a row of a phase
+  // may be overwritten, by less than a vector.
+  void stage_row(const S* from, const Range* columns, T* to, int64_t phase_size) const {
+    constexpr auto lanes = std::make_integer_sequence<int, L>{};
+    bool pairs = p.stride_w == 2 && bands.phases_w == 2 && p.pad_w >= 0;
+    if (pairs) {
+      T* even = to + p.pad_w % 2 * phase_size + p.pad_w / 2;
+      T* odd = to + (p.pad_w + 1) % 2 * phase_size + (p.pad_w + 1) / 2;
+      int64_t last = min_of(p.w, 2 * (bands.pitch - p.pad_w / 2));  // what is beyond, no window reaches
+      for (int64_t x = 0; x < last; x += 2 * L, even += L, odd += L) {
+        int64_t left = p.w - x;
+        vec<T> low = left >= L ? load(from + x) : load_n(from + x, int(left)), high = {};
+        if (left > L) high = left >= 2 * L ? load(from + x + L) : load_n(from + x + L, int(left - L));
+        store(even, every_other<0>(low, high, lanes));
+        store(odd, every_other<1>(low, high, lanes));
       }
-      return;
     }
-    for (int64_t j = 0; j < n; ++j) to[j] = get(from + j * stride);
+    for (int64_t j = 0; j < bands.phases_w; ++j, to += phase_size) {
+      auto [begin, end] = columns[j];
+      fill_low(to, begin);
+      if (p.stride_w == 1) copy_values(from + begin - p.pad_w, to + begin, end - begin);
+      else if (!pairs)
+        for (int64_t i = begin; i < end; ++i) to[i] = get(from + i * p.stride_w + j - p.pad_w);
+      fill_low(to + end, bands.pitch - end);
+    }
   }
 
   // What outputs [first, first + rows) of a plane are taken from -> staged[row phase][column phase][row][pitch].
-  void stage(const S* plane, int64_t first, int64_t rows, T* staged) const {
-    for (int64_t i = 0; i < bands.phases_h; ++i)
-      for (int64_t j = 0; j < bands.phases_w; ++j) {
-        Range columns = inside(bands.pitch, p.stride_w, j - p.pad_w, p.w);
-        if (columns.begin >= columns.end) columns = {0, 0};
-        for (int64_t row = 0; row < rows + bands.reach_h; ++row, staged += bands.pitch) {
-          int64_t y = (first + row) * p.stride_h + i - p.pad_h;
-          if (y < 0 || y >= p.h) {
-            fill_low(staged, bands.pitch);
-            continue;
-          }
-          fill_low(staged, columns.begin);
-          take(plane + y * p.w + columns.begin * p.stride_w + j - p.pad_w, p.stride_w, staged + columns.begin, columns.end - columns.begin);
-          fill_low(staged + columns.end, bands.pitch - columns.end);
-        }
+  void stage(const S* plane, const Range* columns, int64_t first, int64_t rows, T* staged, int64_t phase_size) const {
+    for (int64_t row = 0; row < rows + bands.reach_h; ++row)
+      for (int64_t i = 0; i < bands.phases_h; ++i) {
+        int64_t y = (first + row) * p.stride_h + i - p.pad_h;
+        T* to = staged + i * bands.phases_w * phase_size + row * bands.pitch;
+        if (y >= 0 && y < p.h) stage_row(plane + y * p.w, columns, to, phase_size);
+        else
+          for (int64_t j = 0; j < bands.phases_w; ++j) fill_low(to + j * phase_size, bands.pitch);
       }
   }
 
   static constexpr int kAtOnce = 4;  // vectors of outputs: their comparisons don't wait for each other
 
+  // With room for what is read and written beyond the last row.
+  static int64_t phase_size(const Bands& b, int64_t rows) { return (rows + b.reach_h) * b.pitch + (kAtOnce + 2) * L; }
+
   static int64_t forward_bytes(const MaxPoolProblem& p, const Bands& b) {
-    int64_t staged = b.phases_h * b.phases_w * (b.rows + b.reach_h) * b.pitch + (kAtOnce + 1) * L, outputs = b.rows * b.pitch + kAtOnce * L;
-    return ceil_div(p.r * p.s * int64_t(sizeof(int64_t)) + (staged + outputs) * int64_t(sizeof(T)) + outputs * int64_t(sizeof(I)), 64) * 64;
+    int64_t staged = b.phases_h * b.phases_w * phase_size(b, b.rows), outputs = b.rows * b.pitch + kAtOnce * L;
+    return ceil_div(p.r * p.s * int64_t(sizeof(int64_t)) + b.phases_w * int64_t(sizeof(Range)) + (staged + outputs) * int64_t(sizeof(T)) + outputs * int64_t(sizeof(I)), 64) * 64;
+  }
+
+  // N vectors of outputs, each tap of which is an offset away.
+  template <int N> void compare(const T* staged, const int64_t* offsets, T* out, I* out_taps) const {
+    Largest largest[N];
+    CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].tap = every(-1);
+    for (int64_t tap = 0; tap < p.r * p.s; ++tap)
+      CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(load(staged + offsets[tap] + v * L), every(tap));
+    CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
+      if (a.relu) largest[v].relu();
+      store(out + v * L, largest[v].value);
+      put_taps(out_taps + v * L, largest[v].tap);
+    }
   }
 
   void forward_by_planes() const {
     int64_t pieces = ceil_div(p.p, bands.rows), all_taps = p.r * p.s, bytes = forward_bytes(p, bands);
     parallel(pool, p.n * p.c * pieces, [&](int64_t begin, int64_t end, int thread) {
       int64_t* offsets = reinterpret_cast<int64_t*>(workspace + thread * bytes);
-      T* staged = reinterpret_cast<T*>(offsets + all_taps);
+      Range* columns = reinterpret_cast<Range*>(offsets + all_taps);
+      T* staged = reinterpret_cast<T*>(columns + bands.phases_w);
+      for (int64_t j = 0; j < bands.phases_w; ++j) {
+        columns[j] = inside(bands.pitch, p.stride_w, j - p.pad_w, p.w);
+        if (columns[j].begin >= columns[j].end) columns[j] = {0, 0};
+      }
       int64_t offsets_for = -1;
       for (int64_t task = begin; task < end; ++task) {
         int64_t first = task % pieces * bands.rows, rows = min_of(bands.rows, p.p - first), outputs = rows * bands.pitch;
-        int64_t staged_rows = rows + bands.reach_h, phase = staged_rows * bands.pitch;
-        T* out = staged + bands.phases_h * bands.phases_w * phase + (kAtOnce + 1) * L;
+        int64_t phase = phase_size(bands, rows);
+        T* out = staged + bands.phases_h * bands.phases_w * phase;
         I* out_taps = reinterpret_cast<I*>(out + outputs + kAtOnce * L);
         if (offsets_for != rows)
           for (int64_t tap = 0; tap < all_taps; ++tap) {
@@ -240,24 +297,13 @@ template <class S, class I> struct MaxPool {
             offsets[tap] = (y % p.stride_h * bands.phases_w + x % p.stride_w) * phase + y / p.stride_h * bands.pitch + x / p.stride_w;
           }
         offsets_for = rows;
-        stage(src + task / pieces * p.h * p.w, first, rows, staged);
+        stage(src + task / pieces * p.h * p.w, columns, first, rows, staged, phase);
         for (int64_t j = 0; j < outputs; j += kAtOnce * L) {
-          int vectors = int(min_of<int64_t>(kAtOnce, ceil_div(outputs - j, L)));
-          auto some = [&]<int N>(Vectors<N>) {
-            Largest largest[N];
-            CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].tap = every(-1);
-            for (int64_t tap = 0; tap < all_taps; ++tap)
-              CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(load(staged + offsets[tap] + j + v * L), every(tap));
-            CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
-              if (a.relu) largest[v].relu();
-              store(out + j + v * L, largest[v].value);
-              put_taps(out_taps + j + v * L, largest[v].tap);
-            }
-          };
-          if (vectors == 1) some(Vectors<1>{});
-          else if (vectors == 2) some(Vectors<2>{});
-          else if (vectors == 3) some(Vectors<3>{});
-          else some(Vectors<4>{});
+          int64_t vectors = ceil_div(outputs - j, L);
+          if (vectors == 1) compare<1>(staged + j, offsets, out + j, out_taps + j);
+          else if (vectors == 2) compare<2>(staged + j, offsets, out + j, out_taps + j);
+          else if (vectors == 3) compare<3>(staged + j, offsets, out + j, out_taps + j);
+          else compare<kAtOnce>(staged + j, offsets, out + j, out_taps + j);
         }
         emit(out, out_taps, first, rows, (task / pieces * p.p + first) * p.q);
       }
