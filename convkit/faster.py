@@ -22,12 +22,13 @@ def find_faster(model: nn.Module, exclude: Iterable[str], example_input: Any) ->
     found = find(model, exclude, functions=False)
     recorded = calls.record(model, found.names, example_input)
     while True:
-        residuals, pools = found.residuals(), found.pools_with_relu()
+        norms, pools = found.residuals(), found.pools_with_relu()
         tasks: dict[nn.Module, list[Task]] = {}
         slower: dict[nn.Module, str] = {}
         for layer in found.replaced:
             try:
-                tasks[layer] = [task(layer, call, residual=layer in residuals, relu=layer in pools) for call in recorded[layer]]
+                works = (task(layer, call, residual=layer in norms, relu=layer in pools) for call in recorded[layer])
+                tasks[layer] = list(works)
             except ValueError as error:
                 slower[layer] = f"it cannot be measured: {error}"
         _look_up([one for several in tasks.values() for one in several if one not in known], known)

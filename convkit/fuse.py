@@ -66,7 +66,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Pooling:
-    """One place of a forward where a max pool and a ReLU follow each other, or a function pools; names of submodules."""
+    """One place of a forward where a max pool and a ReLU follow each other, or a function pools; submodules' names."""
 
     pool: str | None  # None: a function
     relu: str | None  # None: a function, or none at all
@@ -126,8 +126,9 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
     def extra_repr(self: nn.Module) -> str:
         fusion = vars(self).get(FUSION)
-        sites = [(site.norm, "residual" * site.residual, site.relu or "relu") for site in fusion.sites] if fusion else []
-        sites += [(site.pool or "max_pool2d", site.relu) for site in fusion.poolings] if fusion else []
+        norms, pools = (fusion.sites, fusion.poolings) if fusion else ((), ())
+        sites = [(site.norm, "residual" * site.residual, site.relu or "relu") for site in norms]
+        sites += [(site.pool or "max_pool2d", site.relu) for site in pools]
         fused = ", ".join(" + ".join(filter(None, site)) for site in sites)
         return ", ".join(filter(None, (original.extra_repr(self), fused and f"fused: {fused}")))
 
@@ -544,7 +545,7 @@ def _replace(graph: fx.Graph, norm: fx.Node, total: fx.Node | None, relu: fx.Nod
 
 
 def _rewrite_pools(graph: fx.Graph, module: nn.Module, pools: set[nn.Module], functions: bool) -> list[Pooling]:
-    """Replace each max pool together with a ReLU next to it, and each function that pools, where that changes nothing."""
+    """Replace each max pool with a ReLU next to it, and each function that pools, where that changes nothing."""
     found: list[Pooling] = []
     for node in list(graph.nodes):
         if node.op == "call_module":

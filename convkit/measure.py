@@ -67,7 +67,7 @@ class Task:
 
 
 def task(layer: nn.Module, call: Call, *, residual: bool = False, relu: bool = False) -> Task:
-    """The task of one call of a convolution, of a batch norm with the ReLU (and perhaps a sum) after it, or of a max pool.
+    """The task of one call of a convolution, a batch norm with the ReLU (and perhaps a sum) after it, or a max pool.
 
     residual: of a batch norm. relu: whether a max pool has one before or after it.
 

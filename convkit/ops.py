@@ -464,11 +464,11 @@ def _col2im_backward(ctx, grad):
 torch.library.register_autograd("convkit::col2im", _col2im_backward, setup_context=_col2im_setup)
 
 
-# ---- max pooling: the gradient puts values at the taps that were taken, and its own gradient picks them up there -------
+# ---- max pooling: its gradient puts values where outputs were taken from, and the gradient of that picks them up -----
 
 
 def pooled_size(size, kernel, stride, padding, dilation, ceil_mode):
-    """Output height and width, by PyTorch's rule: in ceil_mode too, the last window begins in the image or before it."""
+    """Output height and width, by PyTorch's rule: in ceil_mode too, the last window begins in the image or before."""
     quad = [pad for pad in padding for _ in range(2)]
     if not ceil_mode:
         return out_size(size, quad, kernel, stride, dilation)

@@ -87,10 +87,10 @@ def swap(
     are computed in one operator (convkit.nn.BatchNormReLU2d), and a max pool with the ReLU before or after it in one,
     where the forward that calls them shows that nothing else sees what is between them; such a forward's calls of
     torch.nn.functional.max_pool2d are replaced too, but not with ``only_faster``. Parameters, buffers, names, hooks,
-    flags and dtypes stay, an optimizer stays valid, and the swapped model can be copied, pickled, saved, moved, compiled
-    and changed like the original one. Where something that a fused forward was recorded from changes later (a hook on
-    the batch norm, another activation, a flag), that module runs its original forward from then on; swap again to fuse
-    again. ``torch.jit.script`` needs the unswapped model.
+    flags and dtypes stay, an optimizer stays valid, and the swapped model can be copied, pickled, saved, moved,
+    compiled and changed like the original one. Where something that a fused forward was recorded from changes later (a
+    hook on the batch norm, another activation, a flag), that module runs its original forward from then on; swap again
+    to fuse again. ``torch.jit.script`` needs the unswapped model.
 
     Every call starts from the unswapped model: swapping twice is swapping once, and the last ``exclude`` holds.
 
@@ -206,7 +206,9 @@ def find(
                     replaced[module.get_submodule(site.norm)] = f"BatchNormReLU2d, {what}in {_called(name)}"
                 for site in fusion.poolings:
                     if site.pool is not None:
-                        replaced[module.get_submodule(site.pool)] = f"convkit.nn.MaxPool2d, with ReLU in {_called(name)}"
+                        replaced[module.get_submodule(site.pool)] = (
+                            f"convkit.nn.MaxPool2d, with ReLU in {_called(name)}"
+                        )
     for layer in norms:
         reasons[layer] = reasons[layer] or "no forward that could be recorded calls it"
     for layer in layers:

@@ -260,7 +260,7 @@ class ConvProblem:
 class MaxPoolProblem:
     """Max pooling of x (n, c, h, w) by windows of r x s pixels -> y (n, c, P, Q), as PyTorch's max_pool2d.
 
-    stride, padding and dilation are (height, width). `str()` gives the text form (``n8c64h112w112r3s3u2p1d1_f32_nhwc``).
+    stride, padding and dilation are (height, width). `str()` gives the text form, ``n8c64h112w112r3s3u2p1d1_f32_nhwc``.
     """
 
     n: int
@@ -310,7 +310,7 @@ class MaxPoolProblem:
 
     @property
     def forward_bytes(self) -> int:
-        """Bytes that a pass must move: x (or its gradient), y (or its), and of each of y a byte, for which tap it was."""
+        """Bytes that a pass must move: x (or its gradient), y (or its), and for each of y a byte, which tap it was."""
         p, q = self.output_size
         outputs = self.n * self.c * p * q
         return self.n * self.c * self.h * self.w * self.torch_dtype.itemsize + outputs * (self.torch_dtype.itemsize + 1)
@@ -534,8 +534,8 @@ TEST_BATCH_NORM_PROBLEMS: tuple[BatchNormProblem, ...] = tuple(
     )
 )
 
-# Windows of one vector of outputs and of several, that overlap, touch and leave gaps, that reach into the padding on either
-# side, whose taps all lie in it, of all of the image, of more than 255 taps; strides with a kernel of their own and without.
+# Windows of one vector of outputs and of several, that overlap, touch and leave gaps, that reach into the padding on
+# either side, whose taps all lie in it, of all of the image, of more than 255 taps.
 TEST_MAX_POOL_PROBLEMS: tuple[MaxPoolProblem, ...] = (
     MaxPoolProblem(2, 20, 24, 24, 2, 2, (2, 2)),
     MaxPoolProblem(2, 50, 8, 8, 2, 2, (2, 2)),

@@ -230,13 +230,15 @@ def small_samples(
     }
     plain = MaxPoolProblem(2, 3, 6, 4, 2, 2, (2, 2), dtype=dtype, layout=layout)
     overlapping = MaxPoolProblem(1, 2, 7, 6, 3, 3, (2, 2), (1, 1), dtype=dtype, layout=layout)
+    past_the_end = overlapping.replace(padding=(1, 0), ceil_mode=True)
+    large = MaxPoolProblem(1, 2, 17, 18, 16, 17, (1, 1), dtype=dtype, layout=layout)
     samples |= {
         "max_pool2d": max_pool_sample(plain, generator),
         "max_pool2d relu": max_pool_sample(plain, generator, "relu"),
         "max_pool2d overlapping": max_pool_sample(overlapping, generator),
-        "max_pool2d ceil_mode": max_pool_sample(overlapping.replace(padding=(1, 0), ceil_mode=True), generator, "relu"),
+        "max_pool2d ceil_mode": max_pool_sample(past_the_end, generator, "relu"),
         "max_pool2d dilated": max_pool_sample(overlapping.replace(dilation=(2, 1)), generator),
-        "max_pool2d large": max_pool_sample(MaxPoolProblem(1, 2, 17, 18, 16, 17, (1, 1), dtype=dtype, layout=layout), generator),
+        "max_pool2d large": max_pool_sample(large, generator),
     }
     weight_only = samples["batch_norm_relu training"]
     samples["batch_norm_relu weight only"] = dataclasses.replace(

@@ -642,9 +642,9 @@ POOLED = {
     "pool, relu in place": (lambda m, y, x: m.pool(y).relu_(), [("pool", None)]),
     "F.relu, pool": (lambda m, y, x: m.pool(F.relu(y)), [("pool", None)]),
     "relu, F.max_pool2d": (lambda m, y, x: F.max_pool2d(torch.relu(y), 2), [(None, None)]),
-    "F.max_pool2d alone": (lambda m, y, x: F.max_pool2d(y, (3, 2), stride=1, padding=1, ceil_mode=True), [(None, None)]),
+    "F.max_pool2d alone": (lambda m, y, x: F.max_pool2d(y, (3, 2), 1, padding=1, ceil_mode=True), [(None, None)]),
     "torch.max_pool2d": (lambda m, y, x: torch.max_pool2d(y, 2, 2).relu(), [(None, None)]),
-    "relu on both sides": (lambda m, y, x: m.relu(m.pool(m.relu_in_place(y))), [("pool", "relu_in_place"), ("pool", "relu")]),
+    "both sides": (lambda m, y, x: m.relu(m.pool(m.relu_in_place(y))), [("pool", "relu_in_place"), ("pool", "relu")]),
     "relu of the input": (lambda m, y, x: m.pool(m.relu(x)), [("pool", "relu")]),
     "twice": (lambda m, y, x: m.pool(m.relu(m.pool(y.relu()))), [("pool", None), ("pool", "relu")]),
 }  # fmt: skip
@@ -719,7 +719,8 @@ def test_functions_alone():
     again = pickle.loads(pickle.dumps(model))
     assert pools(again) == pools(model)
     assert_same_behaviour(again, reference, images())
-    assert_same_behaviour(torch.compile(model, backend="aot_eager"), torch.compile(reference, backend="aot_eager"), images())
+    compiled = (torch.compile(one, backend="aot_eager") for one in (model, reference))
+    assert_same_behaviour(*compiled, images())
     convkit.unswap(model)
     assert type(model) is Functional
     assert_same_behaviour(model, reference, images())

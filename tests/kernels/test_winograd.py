@@ -99,7 +99,9 @@ def test_padding(everywhere, padding: str, layout: str):
 @pytest.mark.parametrize("tiles", range(1, 40))
 def test_numbers_of_tiles(everywhere, tiles: int):
     """Around the rows of the register tiles, and the tiles that a weight gradient sums at once."""
-    assert_within_bound(conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")), conv_sample(parse(f"n{tiles}c17h5w4k18r5s5p1")))
+    assert_within_bound(
+        conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")), conv_sample(parse(f"n{tiles}c17h5w4k18r5s5p1"))
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
