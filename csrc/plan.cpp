@@ -237,7 +237,9 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
   int64_t grad_values = b.exchange ? a.k : a.groups * b.row_tiles * b.rows;
   int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * grad_values * element;
-  int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h), block_bytes = b.exchange && !b.stage_grad ? kOuterThinBlockBytes : kOuterBlockBytes;
+  int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
+  bool thin = b.exchange && !b.stage_grad && kOuterThinBlockBytes / row_bytes >= 2 * a.r;  // or rows that blocks share add up
+  int64_t block_bytes = thin ? kOuterThinBlockBytes : kOuterBlockBytes;
   b.images_per_block = std::clamp<int64_t>(block_bytes / (row_bytes * a.p), 1, std::max<int64_t>(1, a.n / kSplits));
   b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(block_bytes / row_bytes, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
   int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
