@@ -1,7 +1,8 @@
 // Max pooling with an optional ReLU, its gradient, and the gradient of that.
 //
 // Channels-last, a lane is a channel: the largest value of a window and its tap stay in registers while the taps go by in
-// order, and the gradient of a pixel is gathered from the windows that it lies in, in the order of the outputs.
+// order. The gradient of a pixel is gathered from the windows that it lies in, in the order of the outputs; where windows
+// lie side by side, that of an output goes to the pixels of its window.
 // Contiguous, a lane is an output: a band of a plane is copied with its rows and columns sorted by their remainder modulo
 // the stride and with -inf around the image. For each tap, outputs that follow each other then read what follows each
 // other, across the ends of rows too, so a band is one run of whole vectors, however short its rows. The gradient is
