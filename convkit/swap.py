@@ -194,8 +194,9 @@ def find(
     replaced: dict[nn.Module, str] = {}
     # Children before their owners: the reason of the innermost forward says most.
     for module, (name, *_) in reversed(names.items()):
+        wanted = norms | pools
         calls_function = functions and mentions_pool(type(module))
-        if module not in (norms | pools) and (calls_function or not (norms | pools).isdisjoint(module.modules())):
+        if module not in reasons and (calls_function or not wanted.isdisjoint(module.modules())):
             fusion, unfused = fuse(module, norms, _called(name), pools, functions)
             for layer, reason in unfused.items():
                 reasons[layer] = reasons[layer] or reason

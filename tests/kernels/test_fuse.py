@@ -737,7 +737,7 @@ def test_a_pool_in_a_sequential_follows_what_changes():
     for change in (
         lambda m: setattr(m[2], "stride", 1),
         lambda m: setattr(m[2], "ceil_mode", True),
-        lambda m: m[1].register_forward_hook(lambda *_: torch.ones(())),
+        lambda m: m[1].register_forward_hook(lambda module, inputs, output: 2 * output),
         lambda m: setattr(m, "1", nn.Sigmoid()),
     ):
         change(model), change(reference)
