@@ -309,6 +309,10 @@ class MaxPoolProblem:
         return DTYPES[self.dtype]
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        return LAYOUTS[self.layout]
+
+    @property
     def forward_bytes(self) -> int:
         """Bytes that a pass must move: x (or its gradient), y (or its), and for each of y a byte, which tap it was."""
         p, q = self.output_size
