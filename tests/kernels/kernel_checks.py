@@ -255,9 +255,14 @@ def small_samples(
     return samples
 
 
+def _unread(t: Tensor) -> float:
+    """What lies beside the values."""
+    return torch.nan if t.is_floating_point() else 77
+
+
 def sliced(t: Tensor) -> Tensor:
     """The same values, every dimension taken out of one twice as long."""
-    big = torch.full([2 * size for size in t.shape], torch.nan, dtype=t.dtype)
+    big = torch.full([2 * size for size in t.shape], _unread(t), dtype=t.dtype)
     view = big[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
 
@@ -272,7 +277,7 @@ def channel_slice(t: Tensor) -> Tensor:
     if t.dim() != 4:
         return sliced(t)
     n, c, h, w = t.shape
-    big = torch.full((n, h, w, 3 * c), torch.nan, dtype=t.dtype)
+    big = torch.full((n, h, w, 3 * c), _unread(t), dtype=t.dtype)
     return big[..., c : 2 * c].copy_(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -104,7 +104,9 @@ def test_layouts(layout: str):
 def test_random(n, c, h, w, r, s, stride, dilation, padding, ceil_mode, dtype, layout, kind, activation):
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, (r, s), strict=True)]
     padding = tuple(min(pad, most // 2) for pad, most in zip(padding, reach, strict=True))
-    h, w = (max(size, most - 2 * pad) for size, most, pad in zip((h, w), reach, padding, strict=True))
+    # Where a window has no tap in the image, PyTorch's gradient writes beyond it.
+    least = (max(most - 2 * pad, d) for most, pad, d in zip(reach, padding, dilation, strict=True))
+    h, w = map(max, (h, w), least)
     problem = MaxPoolProblem(n, c, h, w, r, s, stride, padding, dilation, ceil_mode, dtype, layout)
     x = inputs(problem, kind)
     try:
@@ -112,6 +114,20 @@ def test_random(n, c, h, w, r, s, stride, dilation, padding, ceil_mode, dtype, l
     except RuntimeError:
         return
     same_bits(problem, x, activation)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+def test_a_window_without_a_tap_in_the_image(layout: str):
+    """Its taps stand left and right of the only column."""
+    x = torch.randn(2, 3, 4, 1).to(memory_format=MaxPoolProblem(2, 3, 4, 1, 1, 2, (1, 1), layout=layout).memory_format)
+    x = place(x).requires_grad_()
+    geometry = (1, 2), 1, (0, 2), (1, 4)
+    assert (CF.max_pool2d(x, *geometry) == -INF).all()
+    y = CF.max_pool2d(x, *geometry, activation="relu")
+    assert y.shape == (2, 3, 4, 1) and not y.any()
+    y.sum().backward()
+    assert not x.grad.any()
 
 
 @pytest.mark.usefixtures("everywhere")
