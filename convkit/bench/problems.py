@@ -551,7 +551,7 @@ TEST_MAX_POOL_PROBLEMS: tuple[MaxPoolProblem, ...] = (
     MaxPoolProblem(1, 5, 11, 12, 1, 2, (3, 1), (0, 1)),
     MaxPoolProblem(1, 17, 6, 5, 6, 5, (6, 5)),
     MaxPoolProblem(2, 3, 20, 19, 16, 17, (3, 2), (8, 8)),
-    MaxPoolProblem(1, 2, 1, 4, 2, 2, (1, 1), (1, 2), (1, 4)),
+    MaxPoolProblem(1, 2, 1, 4, 2, 2, (1, 1), (1, 1), (1, 4)),
     MaxPoolProblem(1, 9, 2, 3, 2, 2, (5, 5), (1, 1), (1, 2), True),
     MaxPoolProblem(1, 1, 130, 140, 2, 2, (2, 2)),
 )

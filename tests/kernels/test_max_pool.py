@@ -103,7 +103,7 @@ def test_layouts(layout: str):
 )
 def test_random(n, c, h, w, r, s, stride, dilation, padding, ceil_mode, dtype, layout, kind, activation):
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, (r, s), strict=True)]
-    padding = tuple(min(pad, most // 2) for pad, most in zip(padding, reach, strict=True))
+    padding = min(padding[0], r // 2), min(padding[1], s // 2)
     # Where a window has no tap in the image, PyTorch's gradient writes beyond it.
     least = (max(most - 2 * pad, d) for most, pad, d in zip(reach, padding, dilation, strict=True))
     h, w = map(max, (h, w), least)
