@@ -37,7 +37,11 @@ SCHEMA = 1
 MINUTES = 9.5
 GRACE_S = 10  # for a stage to end by itself after it was told to
 RESTARTS = 5
-OPERATOR_TESTS = ("tests/kernels/test_numeric.py", "tests/kernels/test_derivatives.py")
+OPERATOR_TESTS = (
+    "tests/kernels/test_numeric.py",
+    "tests/kernels/test_derivatives.py",
+    "tests/kernels/test_max_pool.py",
+)
 GPU_TESTS = "tests/cuda/test_gpu.py"
 
 

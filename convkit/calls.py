@@ -80,7 +80,8 @@ def record(model: nn.Module, layers: Iterable[nn.Module], example_input: Any) ->
 def _call(layer: nn.Module, values: list[Tensor], output: Tensor) -> Call:
     input, dtype = values[0], values[0].dtype
     device = input.device.type
-    autocast = not isinstance(layer, nn.modules.batchnorm._BatchNorm) and torch.is_autocast_enabled(device)
+    takes_any = isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.MaxPool2d))
+    autocast = not takes_any and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     gradients = torch.is_grad_enabled()

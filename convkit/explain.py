@@ -191,7 +191,7 @@ def _plain(value: float | None, form: str) -> str:
 def explain(
     model: nn.Module, example_input: Any, *, budget_s: float = 0.1, progress: Callable[[Task], None] | None = None
 ) -> Explanation:
-    """Times each convolution, and each batch norm with the ReLU after it, with convkit and with PyTorch.
+    """Times each convolution, batch norm with the ReLU after it, and max pool, with convkit and with PyTorch.
 
     The model is called once with ``example_input`` to see what reaches its layers; of that it keeps nothing, and a
     swapped model stays swapped. Then each distinct problem is timed once, on random numbers: forward and backward if
@@ -223,7 +223,7 @@ def explain(
     with unswapped(model):
         found = find(model)
         recorded = calls.record(model, found.names, example_input)
-    residuals = found.residuals()
+    residuals, pools = found.residuals(), found.pools_with_relu()
     rows: dict[tuple[nn.Module, Task | str], Row] = {}  # by layer, and what it is to do or why that is not known
     for layer, names in found.names.items():
         row = Row(" = ".join(names), found.kinds[layer])
@@ -236,7 +236,7 @@ def explain(
         for call in recorded[layer]:
             residual = layer in residuals or (isinstance(layer, cnn.BatchNormReLU2d) and call.tensors == 2)
             try:
-                work = task(layer, call, residual=residual)
+                work = task(layer, call, residual=residual, relu=layer in pools)
                 row = dataclasses.replace(row, problem=str(work.problem))
             except ValueError as error:
                 work = str(error)
@@ -288,8 +288,10 @@ def _plans(work: Task) -> dict[str, str]:
     facts = _gpu(device) if device.type == "cuda" else None
     if device.type not in ("cpu", "cuda"):
         return {}
+    passes = PASSES if work.gradients else PASSES[:1]
+    if work.operator == "max_pool2d":
+        return {name: "max_pool_cuda" if facts else f"max_pool_{module.isa()}" for name in passes}
     if work.operator == "batch_norm_relu":
-        passes = PASSES if work.gradients else PASSES[:1]
         if facts is None:
             return {name: f"batch_norm_relu_{module.isa()}" for name in passes}
         shape = problem.n, problem.c, problem.h * problem.w, problem.dtype, problem.layout == "nhwc"

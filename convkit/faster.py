@@ -19,15 +19,16 @@ def find_faster(model: nn.Module, exclude: Iterable[str], example_input: Any) ->
     """
     left: dict[nn.Module, str] = {}
     known: dict[Task, Seconds] = {}
-    found = find(model, exclude)
+    found = find(model, exclude, functions=False)
     recorded = calls.record(model, found.names, example_input)
     while True:
-        residuals = found.residuals()
+        norms, pools = found.residuals(), found.pools_with_relu()
         tasks: dict[nn.Module, list[Task]] = {}
         slower: dict[nn.Module, str] = {}
         for layer in found.replaced:
             try:
-                tasks[layer] = [task(layer, call, residual=layer in residuals) for call in recorded[layer]]
+                works = (task(layer, call, residual=layer in norms, relu=layer in pools) for call in recorded[layer])
+                tasks[layer] = list(works)
             except ValueError as error:
                 slower[layer] = f"it cannot be measured: {error}"
         _look_up([one for several in tasks.values() for one in several if one not in known], known)
@@ -38,7 +39,7 @@ def find_faster(model: nn.Module, exclude: Iterable[str], example_input: Any) ->
             return found
         # A batch norm that is left may be what kept another one from being fused: look again.
         left |= slower
-        found = find(model, exclude, left)
+        found = find(model, exclude, left, functions=False)
 
 
 def _look_up(tasks: list[Task], known: dict[Task, Seconds]) -> None:

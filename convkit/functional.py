@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convkit.ops import ops
 
-__all__ = ["batch_norm_relu", "col2im", "conv2d", "conv_transpose2d", "im2col", "separable_conv2d"]
+__all__ = ["batch_norm_relu", "col2im", "conv2d", "conv_transpose2d", "im2col", "max_pool2d", "separable_conv2d"]
 
 IntPair = int | Sequence[int]
 
@@ -360,6 +360,52 @@ def _check_running_stats(op: str, input: Tensor, arguments: dict[str, Tensor | N
             raise RuntimeError(
                 f"convkit.{op}: {name}: got dtype {statistic.dtype}; accepts {wide} or the input's, {input.dtype}"
             )
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`torch.nn.functional.max_pool2d`, with an optional ReLU, before or after it, done by the same kernel.
+
+    For the backward pass it keeps neither input nor output, only which tap of its window each output was: one byte, or
+    four where a window has more than 255 taps. Equal values and NaN are chosen among as PyTorch does.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        kernel_size: of the window, one integer or (height, width).
+        stride: pixels between windows, one integer or (height, width); the kernel's size if None or empty.
+        padding: pixels around the image that are never the largest; at most half of the kernel.
+        dilation: pixels between the taps of a window.
+        ceil_mode: windows that begin inside but end outside of the padded image count too.
+        activation: ``None`` or ``"relu"``. The largest of ReLUs is the ReLU of the largest, and so are the gradients.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q).
+
+    Raises:
+        RuntimeError: shapes that don't fit, a kernel larger than the padded image, more padding than half of it.
+        NotImplementedError: a dtype other than the four. TypeError: not a tensor, not an integer.
+        ValueError: an unknown activation.
+    """
+    op = "max_pool2d"
+    _tensor(input, op, "input", (3, 4), _IMAGES)
+    kernel_size = _pair(kernel_size, op, "kernel_size")
+    stride = kernel_size if stride is None or stride in ((), []) else _pair(stride, op, "stride")
+    padding, dilation = _pair(padding, op, "padding"), _pair(dilation, op, "dilation")
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"convkit.{op}: ceil_mode: got {ceil_mode!r} ({type(ceil_mode).__name__}); accepts a bool")
+    batched = input.dim() == 4
+    images = input if batched else input.unsqueeze(0)
+    save_taps = torch.is_grad_enabled() and input.requires_grad
+    output, _ = ops.max_pool2d(images, kernel_size, stride, padding, dilation, ceil_mode, activation, save_taps)
+    return output if batched else output.squeeze(0)
 
 
 def im2col(

@@ -1,4 +1,4 @@
-"""One module's forward, rewritten so that batch norm, sum and ReLU are one operator: what :mod:`convkit.swap` needs.
+"""One module's forward, rewritten so that batch norm, sum and ReLU are one operator, and max pool and ReLU another.
 
 The forward is recorded with torch.fx (Reed et al., "torch.fx", 2021), its children staying calls by name, the record
 is rewritten, and the generated function runs in place of the forward while what was recorded still holds
@@ -19,7 +19,7 @@ import pickle
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ import convkit.functional as CF
 import convkit.nn as cnn
 from convkit.ops import compute_dtype, out_size
 
-__all__ = ["FUSION", "ORIGINAL", "Fusion", "Site", "fuse", "fused_class"]
+__all__ = ["FUSION", "ORIGINAL", "Fusion", "Pooling", "Site", "fuse", "fused_class", "mentions_pool"]
 
 # What a swap leaves on an instance: the class it had, and, on the owner of fused layers, a Fusion.
 ORIGINAL = "_convkit_original"
@@ -52,6 +52,8 @@ def _writer(name: str) -> Callable[[Any, Any], Any]:
 
 _WRITERS = {name: _writer(name) for name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split()}
 _RELUS = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
+_RELUS_IN_PLACE = {torch.relu_, nn.functional.relu_, "relu_"}
+_POOLS = {torch.max_pool2d, nn.functional.max_pool2d}
 _SUMS = {torch.add, operator.add, _WRITERS["iadd"], "add", "add_"}
 _SUMS_IN_PLACE = {_WRITERS["iadd"], "add_"}
 _numbers = itertools.count(1)
@@ -67,6 +69,14 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """One place of a forward where a max pool and a ReLU follow each other, or a function pools; submodules' names."""
+
+    pool: str | None  # None: a function
+    relu: str | None  # None: a function, or none at all
+
+
+@dataclass(frozen=True)
 class Fusion:
     """A rewritten forward and what it rests on. Bound to no module, so that copies of a module can share it."""
 
@@ -75,6 +85,7 @@ class Fusion:
     children: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]  # plain attributes of the module, which recording has turned to constants
     run: Callable[..., Any] | None  # run(module, *parameters); None in a pickle, which cannot hold generated code
+    poolings: tuple[Pooling, ...] = ()
 
     def holds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether ``run`` does what the original forward would do now, with these arguments."""
@@ -92,13 +103,18 @@ class Fusion:
                 and (site.relu is None or _is_plain(_submodule(module, site.relu), nn.ReLU))
                 for site in self.sites
             )
+            and all(
+                (site.pool is None or _is_plain_pool(_submodule(module, site.pool)))
+                and (site.relu is None or _is_plain(_submodule(module, site.relu), nn.ReLU))
+                for site in self.poolings
+            )
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fusion":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Fusion, (self.parameters, self.sites, self.children, self.constants, None)
+        return Fusion, (self.parameters, self.sites, self.children, self.constants, None, self.poolings)
 
 
 @functools.cache
@@ -113,10 +129,11 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         return original.forward(self, *args, **kwargs)
 
     def extra_repr(self: nn.Module) -> str:
-        sites = vars(self)[FUSION].sites if FUSION in vars(self) else ()
-        fused = ", ".join(
-            " + ".join(filter(None, (site.norm, "residual" * site.residual, site.relu or "relu"))) for site in sites
-        )
+        fusion = vars(self).get(FUSION)
+        norms, pools = (fusion.sites, fusion.poolings) if fusion else ((), ())
+        sites = [(site.norm, "residual" * site.residual, site.relu or "relu") for site in norms]
+        sites += [(site.pool or "max_pool2d", site.relu) for site in pools]
+        fused = ", ".join(" + ".join(filter(None, site)) for site in sites)
         return ", ".join(filter(None, (original.extra_repr(self), fused and f"fused: {fused}")))
 
     def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -129,7 +146,9 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         fusion = vars(self).get(FUSION)
         if fusion is not None and fusion.run is None:
             norms = {_submodule(self, site.norm) for site in fusion.sites} - {None}
-            vars(self)[FUSION] = fuse(self, norms, "its forward")[0] or fusion
+            pools = {_submodule(self, site.pool) for site in fusion.poolings if site.pool} - {None}
+            functions = any(site.pool is None for site in fusion.poolings)
+            vars(self)[FUSION] = fuse(self, norms, "its forward", pools, functions)[0] or fusion
 
     body = {
         "__module__": original.__module__,
@@ -234,6 +253,10 @@ def _joined(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor, residual: Tens
     )
 
 
+def _max_pool_relu(pool: nn.MaxPool2d, input: Tensor) -> Tensor:
+    return cnn.max_pool(input, "relu", *cnn.pool_geometry(pool))
+
+
 def _children(module: nn.Module) -> tuple[str, ...]:
     """Names of the submodules that a forward may call or iterate over: the children, and what lists of them hold."""
     names: list[str] = []
@@ -253,6 +276,17 @@ def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not cnn.hooked(module) and "forward" not in module.__dict__
+
+
+def _is_plain_pool(module: nn.Module | None) -> bool:
+    return (_is_plain(module, nn.MaxPool2d) or _is_plain(module, cnn.MaxPool2d)) and not module.return_indices
+
+
+def mentions_pool(kind: type[nn.Module]) -> bool:
+    """Whether some method of a module's class calls something named max_pool2d."""
+    methods = (vars(base).values() for base in kind.__mro__ if base is not nn.Module)
+    codes = (method.__code__ for method in itertools.chain(*methods) if isinstance(method, types.FunctionType))
+    return any("max_pool2d" in code.co_names for code in codes)
 
 
 def _listened_to() -> bool:
@@ -277,8 +311,17 @@ def _same(value: Any, constant: Any) -> bool:
 # ---------------------------------------------------------------- making it
 
 
-def fuse(module: nn.Module, norms: set[nn.Module], called: str) -> tuple[Fusion | None, dict[nn.Module, str]]:
-    """The fused forward of a module, or None, and why batch norms of ``norms`` were not fused in it."""
+def fuse(
+    module: nn.Module,
+    norms: set[nn.Module],
+    called: str,
+    pools: Iterable[nn.Module] = (),
+    functions: bool = False,
+) -> tuple[Fusion | None, dict[nn.Module, str]]:
+    """The fused forward of a module, or None, and why batch norms of ``norms`` were not fused in it.
+
+    ``pools``: the max pools that may take a ReLU with them. ``functions``: replace functions that pool, too.
+    """
     kind = vars(module).get(ORIGINAL, type(module))
     if kind.forward is nn.Module.forward:  # nn.ModuleList and the like: never called
         return None, {}
@@ -288,16 +331,18 @@ def fuse(module: nn.Module, norms: set[nn.Module], called: str) -> tuple[Fusion 
         if graph.python_code("self").src != other.python_code("self").src:
             raise _Unrecordable("it is not the same in training and in evaluation, or with and without gradients")
         sites, left = _rewrite(graph, module, norms, called)
-        if sites:
+        poolings = _rewrite_pools(graph, module, set(pools), functions)
+        if sites or poolings:
             fused_class(kind)  # made here, as a class may refuse to have subclasses
     except Exception as error:  # the forward is anybody's code, run on stand-ins for tensors: anything may come
         why = str(error).strip().partition("\n")[0] if isinstance(error, _Unrecordable) else _shortened(error)
         return None, {norm: f"{called} cannot be recorded: {why}" for norm in module.modules() if norm in norms}
-    if not sites:
+    if not (sites or poolings):
         return None, left
     ignored = {*vars(nn.Module()), ORIGINAL, FUSION, "_compiled_call_impl"}
     constants = [(k, copy.deepcopy(v)) for k, v in vars(module).items() if k not in ignored and _is_constant(v)]
-    return Fusion(parameters, tuple(sites), _children(module), tuple(constants), _compiled(graph, kind)), left
+    run = _compiled(graph, kind)
+    return Fusion(parameters, tuple(sites), _children(module), tuple(constants), run, tuple(poolings)), left
 
 
 def _shortened(error: Exception) -> str:
@@ -595,3 +640,75 @@ def _replace(graph: fx.Graph, module: nn.Module, norm: fx.Node, total: fx.Node |
         if node is not None:
             graph.erase_node(node)
     return Site(norm.target, relu.target if relu.op == "call_module" else None, total is not None)
+
+
+def _rewrite_pools(graph: fx.Graph, module: nn.Module, pools: set[nn.Module], functions: bool) -> list[Pooling]:
+    """Replace each max pool with a ReLU next to it, and each function that pools, where that changes nothing."""
+    found: list[Pooling] = []
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            pool = module.get_submodule(node.target)
+            if pool not in pools or not _is_plain_pool(pool) or len(node.args) != 1 or node.kwargs:
+                continue
+            function = None
+        elif functions and (function := _as_pool_function(node)):
+            pool = None
+        else:
+            continue
+        before, after = _relu_before(node, module), _relu_after(node, module)
+        relu = before or after
+        if pool is not None and relu is None:
+            continue  # the module alone does it
+        source = before.all_input_nodes[0] if before else node.all_input_nodes[0]
+        with graph.inserting_before(node):
+            if pool is not None:
+                fused = graph.call_function(_max_pool_relu, (graph.create_node("get_attr", node.target), source))
+            else:
+                fused = graph.call_function(cnn.max_pool, (source, "relu" if relu else None), function)
+        (after or node).replace_all_uses_with(fused)
+        for old in (after, node, before):
+            if old is not None:
+                graph.erase_node(old)
+        name = relu.target if relu is not None and relu.op == "call_module" else None
+        found.append(Pooling(node.target if pool is not None else None, name))
+        if before and after:
+            found.append(Pooling(found[-1].pool, after.target if after.op == "call_module" else None))
+    return found
+
+
+def _as_pool_function(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of a max pool called as a function, by name and without its input; None if it is something else."""
+    if node.op != "call_function" or node.target not in _POOLS:
+        return None
+    names = ["input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    values = [value for name, value in arguments.items() if name != "input"]
+    if len(node.all_input_nodes) != 1 or arguments.pop("return_indices", False) or not all(map(_is_constant, values)):
+        return None
+    return {name: value for name, value in arguments.items() if name != "input"}
+
+
+def _relu_before(pool: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The ReLU whose output only this pool sees, and nothing but the ReLU's input is left to see."""
+    (relu,) = pool.all_input_nodes
+    if not _is_relu(relu, module) or len(relu.users) != 1:
+        return None
+    (source,) = relu.all_input_nodes
+    # The ReLU moves to where the pool is: nothing between may write to its input. And one in place changes its input:
+    # who else could see that? What a convolution returned and only the ReLU took has no other name.
+    in_place = _is_in_place(relu, module)
+    if len(source.users) == 1 and _is_convolution(source, module):
+        seen = source.op == "call_module" and cnn.hooked(module.get_submodule(source.target))
+        return None if in_place and seen else relu
+    return relu if relu.next is pool and not in_place else None
+
+
+def _relu_after(pool: fx.Node, module: nn.Module) -> fx.Node | None:
+    (user,) = pool.users if len(pool.users) == 1 else (None,)
+    return user if user is not None and _is_relu(user, module) else None
+
+
+def _is_in_place(relu: fx.Node, module: nn.Module) -> bool:
+    if relu.op == "call_module":
+        return module.get_submodule(relu.target).inplace
+    return relu.target in _RELUS_IN_PLACE or relu.kwargs.get("inplace", False) or len(relu.args) > 1

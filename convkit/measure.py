@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convkit.functional as CF
-from convkit.bench.problems import DTYPES, BatchNormProblem, ConvProblem
+from convkit.bench.problems import DTYPES, BatchNormProblem, ConvProblem, MaxPoolProblem
 from convkit.bench.results import Ceilings, Failure
 from convkit.bench.timing import Arena, carve, carved_elements, interleave, rotation_bytes
 from convkit.calls import Call, same_luck
@@ -35,8 +35,8 @@ class Task:
     problem doesn't have, sorted. gradients: those that the backward pass computes; () if there is none.
     """
 
-    operator: Literal["conv2d", "conv_transpose2d", "batch_norm_relu"]
-    problem: ConvProblem | BatchNormProblem
+    operator: Literal["conv2d", "conv_transpose2d", "batch_norm_relu", "max_pool2d"]
+    problem: ConvProblem | BatchNormProblem | MaxPoolProblem
     options: tuple[tuple[str, bool | str | float], ...]
     gradients: Gradients
     device: str
@@ -48,14 +48,14 @@ class Task:
 
     @property
     def kernel_passes(self) -> dict[str, str]:
-        """forward, input, weight: the pass of the convolution's kernels that does it. Empty for batch norms."""
+        """forward, input, weight: the pass of the convolution's kernels that does it. Empty for all else."""
         passes = _KERNEL_PASSES.get(self.operator, {})
         return {name: passes[name] for name in ("forward", *self.gradients) if name in passes}
 
     def floors(self, ceilings: Ceilings) -> dict[str, float | None]:
         """Seconds below which no pass can be on a machine with these ceilings: {"forward": …, "backward": …}."""
         problem = self.problem
-        if isinstance(problem, BatchNormProblem):
+        if isinstance(problem, (BatchNormProblem, MaxPoolProblem)):
             sizes = {"forward": problem.forward_bytes, "backward": problem.backward_bytes}
             floors = {name: ceilings.floor(0, size, problem.dtype) for name, size in sizes.items()}
             return floors if self.gradients else {"forward": floors["forward"]}
@@ -66,8 +66,10 @@ class Task:
         return floors
 
 
-def task(layer: nn.Module, call: Call, *, residual: bool = False) -> Task:
-    """The task of one call of a convolution, or of a batch norm with the ReLU (and perhaps a sum) after it.
+def task(layer: nn.Module, call: Call, *, residual: bool = False, relu: bool = False) -> Task:
+    """The task of one call of a convolution, a batch norm with the ReLU (and perhaps a sum) after it, or a max pool.
+
+    residual: of a batch norm. relu: whether a max pool has one before or after it.
 
     Raises:
         ValueError: it cannot be told as a problem: an empty batch, an input of other dimensions.
@@ -84,6 +86,23 @@ def task(layer: nn.Module, call: Call, *, residual: bool = False) -> Task:
         }
         problem = BatchNormProblem(*call.shape, dtype, "nhwc" if call.channels_last else "nchw", residual)
         return Task("batch_norm_relu", problem, _sorted(options), gradients, str(call.device))
+
+    if isinstance(layer, nn.MaxPool2d):
+        geometry = (
+            CF._pair(value, "max_pool2d", name)
+            for name, value in (
+                ("kernel_size", layer.kernel_size),
+                ("stride", layer.stride or layer.kernel_size),
+                ("padding", layer.padding),
+                ("dilation", layer.dilation),
+            )
+        )
+        shape = call.shape if len(call.shape) == 4 else (1, *call.shape)
+        kernel, *steps = geometry
+        layout = "nhwc" if call.channels_last else "nchw"
+        problem = MaxPoolProblem(*shape, *kernel, *steps, layer.ceil_mode, dtype, layout)
+        options = {"activation": "relu"} if relu or getattr(layer, "activation", None) else {}
+        return Task("max_pool2d", problem, _sorted(options), gradients, str(call.device))
 
     weight_channels_last = is_channels_last(layer.weight)
     transposed = isinstance(layer, nn.ConvTranspose2d)
@@ -243,6 +262,19 @@ def _functions(one: Task) -> tuple[dict[str, Function], list[Tensor]]:
             return F.relu_(y if residual is None else y.add_(residual))
 
         return {"convkit": fused, "torch": unfused}, [t for t in (weight, bias) if t is not None]
+
+    if isinstance(problem, MaxPoolProblem):
+        geometry = (problem.r, problem.s), problem.stride, problem.padding, problem.dilation, problem.ceil_mode
+        activation = options.get("activation")
+
+        def pooled(x: Tensor, _: Tensor | None) -> Tensor:
+            return CF.max_pool2d(x, *geometry, activation=activation)
+
+        def apart(x: Tensor, _: Tensor | None) -> Tensor:
+            y = F.max_pool2d(x, *geometry)
+            return y if activation is None else F.relu_(y)
+
+        return {"convkit": pooled, "torch": apart}, []
 
     weight = parameter(*problem.weight_shape).detach()
     if problem.layout == "nhwc" and options.get("weight_layout") != "nchw":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import convkit.functional as CF
 
-__all__ = ["Activation", "BatchNormReLU2d", "Conv2d", "ConvTranspose2d", "SeparableConv2d"]
+__all__ = ["Activation", "BatchNormReLU2d", "Conv2d", "ConvTranspose2d", "MaxPool2d", "SeparableConv2d"]
 
 Activation = Literal["relu"] | None
 
@@ -128,6 +128,62 @@ class BatchNormReLU2d(torch.nn.BatchNorm2d):
         if counting:
             self.num_batches_tracked.add_(1)  # after the call, which may have raised
         return output
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """:class:`torch.nn.MaxPool2d` with an optional ReLU, before or after it, done by the same kernel.
+
+    Args: those of :class:`torch.nn.MaxPool2d`, and activation: ``None`` or ``"relu"``, keyword only.
+
+    With ``return_indices``, and for integers (which have no gradient), it is PyTorch's that runs.
+
+    Raises:
+        ValueError: ``activation`` is something else, or is given together with ``return_indices``.
+    """
+
+    activation: Activation = None  # on the class, as Conv2d's
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+        *,
+        activation: Activation = None,
+    ) -> None:
+        if activation not in (None, "relu"):
+            raise ValueError(f'activation must be None or "relu", but got {activation!r}')
+        if activation is not None and return_indices:
+            raise ValueError("return_indices must be False with an activation, but got True")
+        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, P, Q), or the same without N."""
+        if self.return_indices:
+            return super().forward(input)
+        return max_pool(input, self.activation, *pool_geometry(self))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+
+
+def pool_geometry(pool: torch.nn.MaxPool2d) -> tuple:
+    """The arguments of max_pool2d after its input."""
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+
+
+def max_pool(input: Tensor, activation: Activation, *geometry, **options) -> Tensor:
+    """max_pool2d, by PyTorch where there is no kernel: no parameter of a pool says in advance what it will be given."""
+    key = torch._C._dispatch_key_for_device(input.device.type)
+    here = input.is_meta or torch._C._dispatch_has_kernel_for_dispatch_key("convkit::max_pool2d", key)
+    if input.is_floating_point() and here:
+        return CF.max_pool2d(input, *geometry, **options, activation=activation)
+    output = F.max_pool2d(input, *geometry, **options)
+    return output if activation is None else F.relu(output)
 
 
 class SeparableConv2d(torch.nn.Module):

@@ -483,3 +483,85 @@ def _col2im_backward(ctx, grad):
 
 
 torch.library.register_autograd("convkit::col2im", _col2im_backward, setup_context=_col2im_setup)
+
+
+# ---- max pooling: its gradient puts values where outputs were taken from, and the gradient of that picks them up -----
+
+
+def pooled_size(size, kernel, stride, padding, dilation, ceil_mode):
+    """Output height and width, by PyTorch's rule: in ceil_mode too, the last window begins in the image or before."""
+    quad = [pad for pad in padding for _ in range(2)]
+    if not ceil_mode:
+        return out_size(size, quad, kernel, stride, dilation)
+    more = [(pad, pad + step - 1) for pad, step in zip(padding, stride, strict=True)]
+    whole = out_size(size, [*more[0], *more[1]], kernel, stride, dilation)
+    return [torch.sym_min(whole[i], (size[i] + padding[i] - 1) // stride[i] + 1) for i in range(2)]
+
+
+@torch.library.register_fake("convkit::max_pool2d")
+def _(input, kernel_size, stride, padding, dilation, ceil_mode, activation, save_taps):
+    size = pooled_size(input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
+    output = empty(input, (*input.shape[:2], *size), is_channels_last(input))
+    dtype = torch.int32 if kernel_size[0] * kernel_size[1] > 255 else torch.uint8
+    return output, torch.empty_like(output, dtype=dtype) if save_taps else input.new_empty(0, dtype=dtype)
+
+
+def _max_pool2d_setup(ctx, inputs, output):
+    input, *ctx.geometry, activation, save_taps = inputs
+    ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.saved_taps = save_taps
+
+
+def _max_pool2d_backward(ctx, grad, _):
+    (taps,) = ctx.saved_tensors
+    if grad is not None and not ctx.saved_taps:
+        raise RuntimeError("convkit.max_pool2d: save_taps: got False; a gradient needs True")
+    grad = None if grad is None else ops.max_pool2d_grad(grad, taps, ctx.size, *ctx.geometry, ctx.channels_last)
+    return grad, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("convkit::max_pool2d", _max_pool2d_backward, setup_context=_max_pool2d_setup)
+
+
+@torch.library.register_fake("convkit::max_pool2d_grad")
+def _(grad, taps, input_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
+    return empty(grad, (*grad.shape[:2], *input_size), channels_last)
+
+
+def _max_pool2d_grad_setup(ctx, inputs, output):
+    _, taps, _, *ctx.geometry = inputs
+    ctx.save_for_backward(taps)
+
+
+def _max_pool2d_grad_backward(ctx, direction):
+    (taps,) = ctx.saved_tensors
+    return ops.max_pool2d_pick(direction, taps, *ctx.geometry), *(None,) * 8
+
+
+torch.library.register_autograd(
+    "convkit::max_pool2d_grad", _max_pool2d_grad_backward, setup_context=_max_pool2d_grad_setup
+)
+
+
+@torch.library.register_fake("convkit::max_pool2d_pick")
+def _(input, taps, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
+    return empty(input, taps.shape, channels_last)
+
+
+def _max_pool2d_pick_setup(ctx, inputs, output):
+    input, taps, *ctx.geometry = inputs
+    ctx.size = input.shape[2:]
+    ctx.save_for_backward(taps)
+
+
+def _max_pool2d_pick_backward(ctx, direction):
+    (taps,) = ctx.saved_tensors
+    return ops.max_pool2d_grad(direction, taps, ctx.size, *ctx.geometry), *(None,) * 7
+
+
+torch.library.register_autograd(
+    "convkit::max_pool2d_pick", _max_pool2d_pick_backward, setup_context=_max_pool2d_pick_setup
+)

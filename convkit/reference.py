@@ -106,6 +106,20 @@ def batch_norm_relu(
     return F.relu(y if residual is None else y + residual)
 
 
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """`F.max_pool2d`, then the activation."""
+    return _activate(F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode), activation)
+
+
 def im2col(input: Tensor, kernel_size: Size, dilation: Size = 1, padding: Size = 0, stride: Size = 1) -> Tensor:
     """`F.unfold`."""
     return F.unfold(input, kernel_size, dilation, padding, stride)

@@ -20,18 +20,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 import convkit.nn as cnn
-from convkit.fuse import FUSION, ORIGINAL, Fusion, fuse, fused_class
+from convkit.fuse import FUSION, ORIGINAL, Fusion, fuse, fused_class, mentions_pool
 
 __all__ = ["Report", "Row", "swap", "unswap"]
 
-_CONVOLUTIONS = {nn.Conv2d: cnn.Conv2d, nn.ConvTranspose2d: cnn.ConvTranspose2d}
-_OPERATORS = {nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv_transpose2d", nn.BatchNorm2d: "batch_norm_relu"}
+_CLASSES = {nn.Conv2d: cnn.Conv2d, nn.ConvTranspose2d: cnn.ConvTranspose2d, nn.MaxPool2d: cnn.MaxPool2d}
+_OPERATORS = {
+    nn.Conv2d: "conv2d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.BatchNorm2d: "batch_norm_relu",
+    nn.MaxPool2d: "max_pool2d",
+}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution or batch norm of a model, and what :func:`swap` did with it.
+    """One convolution, batch norm or max pool of a model, and what :func:`swap` did with it.
 
     name: its name in the model, "" for the model itself; of a layer found at several places all names, joined by " = ".
     kind: the class that it had. replaced_by: what does its work now, or None. reason: why it was left, else None.
@@ -76,15 +81,17 @@ class Report:
 def swap(
     model: nn.Module, example_input: Any = None, *, exclude: str | Iterable[str] = (), only_faster: bool = False
 ) -> Report:
-    """Have convkit do the work of a model's 2-D convolutions, and of its batch norms that a ReLU follows; in place.
+    """Have convkit do the work of a model's 2-D convolutions and max pools, and of its batch norms that a ReLU follows.
 
-    Conv2d and ConvTranspose2d become convkit.nn's. BatchNorm2d + ReLU and BatchNorm2d + sum + ReLU are computed in one
-    operator (convkit.nn.BatchNormReLU2d) where the forward that calls them shows that nothing else sees what is
-    between them; in evaluation without gradients, a convolution that feeds them alone does their work too. Parameters,
-    buffers, names, hooks, flags and dtypes stay, an optimizer stays valid, and the swapped model can be copied,
-    pickled, saved, moved, compiled and changed like the original one. Where something that a fused forward was
-    recorded from changes later (a hook on the batch norm, another activation, a flag), that module runs its original
-    forward from then on; swap again to fuse again. ``torch.jit.script`` needs the unswapped model.
+    In place: Conv2d, ConvTranspose2d and MaxPool2d become convkit.nn's. BatchNorm2d + ReLU and BatchNorm2d + sum + ReLU
+    are computed in one operator (convkit.nn.BatchNormReLU2d), and a max pool with the ReLU before or after it in one,
+    where the forward that calls them shows that nothing else sees what is between them; in evaluation without
+    gradients, a convolution that feeds a fused batch norm alone does its work too. Such a forward's calls of
+    torch.nn.functional.max_pool2d are replaced too, but not with ``only_faster``. Parameters, buffers, names, hooks,
+    flags and dtypes stay, an optimizer stays valid, and the swapped model can be copied, pickled, saved, moved,
+    compiled and changed like the original one. Where something that a fused forward was recorded from changes later (a
+    hook on the batch norm, another activation, a flag), that module runs its original forward from then on; swap again
+    to fuse again. ``torch.jit.script`` needs the unswapped model.
 
     Every call starts from the unswapped model: swapping twice is swapping once, and the last ``exclude`` holds.
 
@@ -100,7 +107,7 @@ def swap(
         only_faster: swap only the layers in which convkit is faster than PyTorch; needs ``example_input``.
 
     Returns:
-        A :class:`Report` with a row for every convolution and batch norm, those left with the reason.
+        A :class:`Report` with a row for every convolution, batch norm and max pool, those left with the reason.
 
     Raises:
         TypeError: model is not a torch.nn.Module; example_input or only_faster without the other.
@@ -120,8 +127,8 @@ def swap(
             found = find(model, patterns)
     unswap(model)
     for layer in found.replaced:
-        if isinstance(layer, _ConvNd):
-            _change_class(layer, _CONVOLUTIONS[type(layer)])
+        if type(layer) in _CLASSES:
+            _change_class(layer, _CLASSES[type(layer)])
     for module, fusion in found.fusions.items():
         _change_class(module, fused_class(type(module)))
         vars(module)[FUSION] = fusion
@@ -143,6 +150,15 @@ class Found:
     fusions: dict[nn.Module, Fusion]
     """New forwards of the modules that own fused layers."""
 
+    def pools_with_relu(self) -> set[nn.Module]:
+        """The max pools to be fused with a ReLU."""
+        return {
+            owner.get_submodule(site.pool)
+            for owner, fusion in self.fusions.items()
+            for site in fusion.poolings
+            if site.pool is not None
+        }
+
     def residuals(self) -> set[nn.Module]:
         """The batch norms to be fused with a residual."""
         return {
@@ -153,12 +169,20 @@ class Found:
         }
 
 
-def find(model: nn.Module, exclude: Iterable[str] = (), left: Mapping[nn.Module, str] = MappingProxyType({})) -> Found:
-    """Looks for layers that convkit can serve, and changes nothing. ``left``: layers to leave, and why."""
+def find(
+    model: nn.Module,
+    exclude: Iterable[str] = (),
+    left: Mapping[nn.Module, str] = MappingProxyType({}),
+    functions: bool = True,
+) -> Found:
+    """Looks for layers that convkit can serve, and changes nothing. ``left``: layers to leave, and why.
+
+    ``functions``: max pools that are called as functions, too.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    layers = [module for module in names if isinstance(module, (_ConvNd, _BatchNorm))]
+    layers = [module for module in names if isinstance(module, (_ConvNd, _BatchNorm, nn.MaxPool2d))]
     reasons = {
         layer: "excluded"
         if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer] for pattern in exclude)
@@ -166,12 +190,15 @@ def find(model: nn.Module, exclude: Iterable[str] = (), left: Mapping[nn.Module,
         for layer in layers
     }
     norms = {layer for layer in layers if type(layer) is nn.BatchNorm2d and reasons[layer] is None}
+    pools = {layer for layer in layers if type(layer) is nn.MaxPool2d and reasons[layer] is None}
     fusions: dict[nn.Module, Fusion] = {}
     replaced: dict[nn.Module, str] = {}
     # Children before their owners: the reason of the innermost forward says most.
     for module, (name, *_) in reversed(names.items()):
-        if not norms.isdisjoint(module.modules()) and module not in norms:
-            fusion, unfused = fuse(module, norms, _called(name))
+        wanted = norms | pools
+        calls_function = functions and mentions_pool(type(module))
+        if module not in reasons and (calls_function or not wanted.isdisjoint(module.modules())):
+            fusion, unfused = fuse(module, norms, _called(name), pools, functions)
             for layer, reason in unfused.items():
                 reasons[layer] = reasons[layer] or reason
             if fusion is not None:
@@ -179,11 +206,16 @@ def find(model: nn.Module, exclude: Iterable[str] = (), left: Mapping[nn.Module,
                 for site in fusion.sites:
                     what = "with residual, " if site.residual else ""
                     replaced[module.get_submodule(site.norm)] = f"BatchNormReLU2d, {what}in {_called(name)}"
+                for site in fusion.poolings:
+                    if site.pool is not None:
+                        replaced[module.get_submodule(site.pool)] = (
+                            f"convkit.nn.MaxPool2d, with ReLU in {_called(name)}"
+                        )
     for layer in norms:
         reasons[layer] = reasons[layer] or "no forward that could be recorded calls it"
     for layer in layers:
-        if type(layer) in _CONVOLUTIONS and reasons[layer] is None:
-            replaced[layer] = f"convkit.nn.{_CONVOLUTIONS[type(layer)].__name__}"
+        if type(layer) in _CLASSES and reasons[layer] is None:
+            replaced.setdefault(layer, f"convkit.nn.{_CLASSES[type(layer)].__name__}")
     return Found(
         {layer: names[layer] for layer in layers},
         {layer: type(layer).__name__ for layer in layers},
@@ -240,7 +272,7 @@ def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
-    return _CONVOLUTIONS.get(original) or fused_class(original)
+    return _CLASSES.get(original) or fused_class(original)
 
 
 def _called(name: str) -> str:
@@ -262,6 +294,8 @@ def _why_not(layer: nn.Module) -> str | None:
                 return f"{kind.__module__}.{kind.__qualname__} is a subclass with code of its own"
         two_d = "a batch norm over (N, C, H, W)" if isinstance(layer, _BatchNorm) else "a 2-D convolution"
         return f"not {two_d}" if kind is not nn.SyncBatchNorm else "synchronizes its statistics between processes"
+    if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
+        return "it returns indices"
     if not {"forward", "_conv_forward"}.isdisjoint(vars(layer)):
         return "its forward was replaced on the instance"
     for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:

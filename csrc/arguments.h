@@ -70,4 +70,15 @@ struct ColumnsArgs {
   void* dst;
 };
 
+// Which tap of its window each output was taken from, r * (filter width) + s in the order of y, is all that the gradient
+// needs: a byte, or an int32_t where a window has more than 255 taps. The type's -1: none of them, and no gradient.
+struct MaxPoolArgs {
+  MaxPoolProblem problem;
+  const void* src;  // forward: x; gradient: that of y; pick: what has x's shape
+  void* taps;       // written by the forward, if not null
+  void* dst;        // y, the gradient of x, or what pick takes: the value at each output's tap, 0 where it has none
+  bool relu;        // forward
+  bool wide_taps;   // int32_t
+};
+
 }  // namespace convkit

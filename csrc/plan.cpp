@@ -25,6 +25,8 @@ struct Workspace {
 constexpr int64_t kStagedBytes = 4 << 20;
 // Output gradient and input of a block of the weight gradient: a quarter of a 2 MiB second-level cache, beside the sums.
 constexpr int64_t kOuterBlockBytes = 512 << 10;
+// With few channels every tap goes through the gradient of a block where it lies: half of a first-level cache.
+constexpr int64_t kOuterThinBlockBytes = 28 << 10;
 // Partial sums of the weight gradient: at most as much in all, or a single one.
 constexpr int64_t kOuterSumsBytes = 4 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
@@ -236,8 +238,10 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   int64_t grad_values = b.exchange ? a.k : a.groups * b.row_tiles * b.rows;
   int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * grad_values * element;
   int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
-  b.images_per_block = std::clamp<int64_t>(kOuterBlockBytes / (row_bytes * a.p), 1, std::max<int64_t>(1, a.n / kSplits));
-  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(kOuterBlockBytes / row_bytes, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
+  bool thin = b.exchange && !b.stage_grad && kOuterThinBlockBytes / row_bytes >= 2 * a.r;  // or rows that blocks share add up
+  int64_t block_bytes = thin ? kOuterThinBlockBytes : kOuterBlockBytes;
+  b.images_per_block = std::clamp<int64_t>(block_bytes / (row_bytes * a.p), 1, std::max<int64_t>(1, a.n / kSplits));
+  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(block_bytes / row_bytes, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
   int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
   b.splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, std::min(blocks, kSplits));
@@ -315,7 +319,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 }
 
 bool is_winograd_problem(const ConvProblem& a) {
-  return a.dtype == DType::f32 && a.groups == 1 && a.r == 3 && a.s == 3 && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+  return a.dtype == DType::f32 && a.groups == 1 && (a.r == 3 || a.r == 5) && a.s == a.r && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
          a.dilation_w == 1;
 }
 
@@ -324,24 +328,25 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   b.input_grad = pass == Pass::input_grad;
   b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
   b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
-  b.pad_top = b.input_grad ? 2 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  b.pad_top = b.input_grad ? a.r - 1 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? a.s - 1 - a.pad_left : a.pad_left;
+  int64_t extent = a.r + 3, positions = extent * extent;  // of a tile of the source
   b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4), b.tiles = a.n * b.tiles_h * b.tiles_w;
   b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
   int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
   b.groups = ceil_div(b.tiles, rows);
 
-  int64_t filter_block = 36 * kWinogradPanel * 4, group = 36 * rows * kWinogradWidth * 4;
+  int64_t filter_block = positions * kWinogradPanel * 4, group = positions * rows * kWinogradWidth * 4;
   // A row of tiles of the source, or of the output, as channels-last pixels.
   bool nchw = a.layout == Layout::nchw;
-  int64_t strip = !nchw ? 0 : std::max(6 * std::min(b.src_w, 4 * b.tiles_w + 2), 4 * b.dst_w) * kWinogradWidth * 4;
+  int64_t strip = !nchw ? 0 : std::max(extent * std::min(b.src_w, 4 * b.tiles_w + a.s - 1), 4 * b.dst_w) * kWinogradWidth * 4;
   if (pass == Pass::weight_grad) {
-    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * 9 * 4, f);
+    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * a.r * a.s * 4, f);
     b.tiles_at_once = kWinogradTiles;
     // Enough tasks for a fair number of threads, but never a number that depends on them.
     int64_t blocks = b.depth_blocks * b.column_blocks;
     b.splits = std::clamp<int64_t>(16 / blocks, 1, std::min<int64_t>(8, ceil_div(b.tiles, b.tiles_at_once)));
     b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
-    b.scratch_bytes = 2 * 36 * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
+    b.scratch_bytes = 2 * positions * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
   } else {
     b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
     int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
@@ -372,12 +377,15 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
 // one tile or filter costs a vector, and a call, is measured (AVX-512, operands beyond the caches), and so is the packing
 // of the direct kernel's filters, which costs about as much as their transform.
 bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
-  constexpr double kSource = 600, kOutput = 450, kFilter = 600, kWeightGrad = 250, kRate = 0.85;
+  // 8 x 8 instead of 6 x 6 values, each from more.
+  double larger = a.r == 3 ? 1 : 2, kSource = 600 * larger, kOutput = 450 * larger, kFilter = 600 * larger, kWeightGrad = 250 * larger, kRate = 0.85;
   int64_t lanes = f.vector_bytes / 4;
   double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
-  double filters = double(b.src_c) * dst, products = tiles * 36 * filters / kRate;
+  double filters = double(b.src_c) * dst, products = tiles * double((a.r + 3) * (a.r + 3)) * filters / kRate;
   // The direct kernels for few channels fill their vectors.
-  double direct = double(a.n * b.dst_h * b.dst_w) * 9 * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
+  double direct = double(a.n * b.dst_h * b.dst_w) * double(a.r * a.s) * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
+  // Of small images, taps in the padding are left out.
+  if (b.input_grad && a.r == 5) direct *= taps_inside(a.h, a.p, a.r, a.pad_top, 1) * taps_inside(a.w, a.q, a.s, a.pad_left, 1);
   if (pass == Pass::weight_grad) {
     if (merge_few_channels(a)) return false;
     double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
@@ -465,7 +473,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::winograd: {
       const WinogradPlan& b = plan.winograd;
-      out += "winograd_" + std::string(f.isa) + "_4x4, " + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
+      out += "winograd_" + std::string(f.isa) + "_4x4" + (a.r == 3 ? ", " : "_5x5, ") + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.shared_filters ? "" : ", filters transformed by block");
       break;

@@ -109,13 +109,13 @@ struct DepthwisePlan {
 
 // Channels, and filters, of a block of what Winograd's transforms write.
 constexpr int kWinogradWidth = 64;
-// Floats of a square of them. One line more, so that the same row of all 36 does not fall into the same few sets of a cache.
+// Floats of a square of them. One line more, so that the same row of all positions does not fall into the same few sets of a cache.
 constexpr int64_t kWinogradPanel = kWinogradWidth * kWinogradWidth + 16;
 
-// 3x3 filters, stride 1: Winograd's F(4x4, 3x3), all three passes.
+// 3x3 or 5x5 filters, stride 1: Winograd's F(4x4, 3x3) or F(4x4, 5x5), all three passes.
 struct WinogradPlan {
   bool input_grad;
-  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6: the input, or y's gradient when input_grad
+  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6 (8 x 8): the input, or y's gradient when input_grad
   int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
   int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used
   int64_t tiles_h, tiles_w, tiles;

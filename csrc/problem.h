@@ -44,4 +44,12 @@ struct ColumnsProblem {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
+// Max pooling: x (n, c, h, w) -> y (n, c, p, q), the largest of the r x s taps of a window that lie in the image.
+struct MaxPoolProblem {
+  int64_t n, c, h, w, r, s, p, q;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  DType dtype;
+  Layout layout;
+};
+
 }  // namespace convkit

@@ -7,6 +7,7 @@ The text form of a convolution is a letter and a number for each size, then dtyp
 n images, c channels in, h and w input height and width, k channels out, r and s filter height and width, u stride,
 p zero padding, d dilation, g groups. u and d may be a pair (``u2x1``: height, width), p a pair or one number a side
 (``p0x1x0x1``: top, bottom, left, right). u, p, d, g, the dtype and the layout may be left out: ``u1p0d1g1_f32_nchw``.
+A max pool is ``n8c64h112w112r3s3u2p1d1_f32_nhwc``, with ``+ceil`` at the end in PyTorch's ceil_mode.
 A batch norm + ReLU is ``n8c64h56w56_f32_nhwc``, with ``+res`` at the end where a residual is added before the ReLU.
 """
 
@@ -256,6 +257,80 @@ class ConvProblem:
 
 
 @dataclass(frozen=True)
+class MaxPoolProblem:
+    """Max pooling of x (n, c, h, w) by windows of r x s pixels -> y (n, c, P, Q), as PyTorch's max_pool2d.
+
+    stride, padding and dilation are (height, width). `str()` gives the text form, ``n8c64h112w112r3s3u2p1d1_f32_nhwc``.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    r: int
+    s: int
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+    dtype: str = "f32"
+    layout: str = "nchw"
+
+    def __str__(self) -> str:
+        sizes = "".join(f"{name}{getattr(self, name)}" for name in ("n", "c", "h", "w", "r", "s"))
+        options = _joined("u", self.stride) + _joined("p", self.padding) + _joined("d", self.dilation)
+        return f"{sizes}{options}_{self.dtype}_{self.layout}{'+ceil' if self.ceil_mode else ''}"
+
+    def replace(self, **changes: object) -> Self:
+        """The same problem with other values for some fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(P, Q): height and width of the output."""
+        size = []
+        for i, length in enumerate((self.h, self.w)):
+            room = length + 2 * self.padding[i] - self.dilation[i] * ((self.r, self.s)[i] - 1) - 1
+            count = (room + (self.stride[i] - 1 if self.ceil_mode else 0)) // self.stride[i] + 1
+            last = (length + self.padding[i] - 1) // self.stride[i] + 1  # the last window begins in the image or before
+            size.append(min(count, last) if self.ceil_mode else count)
+        return tuple(size)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, *self.output_size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return LAYOUTS[self.layout]
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes that a pass must move: x (or its gradient), y (or its), and for each of y a byte, which tap it was."""
+        p, q = self.output_size
+        outputs = self.n * self.c * p * q
+        return self.n * self.c * self.h * self.w * self.torch_dtype.itemsize + outputs * (self.torch_dtype.itemsize + 1)
+
+    backward_bytes = forward_bytes
+
+    def tensors(
+        self, generator: torch.Generator | None = None, device: str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normally distributed x and gradient of y, in the problem's dtype and layout."""
+        shapes = self.input_shape, self.output_shape
+        x, grad = (_random(shape, self.dtype, self.layout, generator, device) for shape in shapes)
+        return x, grad
+
+
+@dataclass(frozen=True)
 class BatchNormProblem:
     """Batch norm + ReLU of x (n, c, h, w), with a residual of the same shape added before the ReLU where `residual`.
 
@@ -461,4 +536,22 @@ TEST_BATCH_NORM_PROBLEMS: tuple[BatchNormProblem, ...] = tuple(
         "n4c16h8w8",
         "n2c130h3w3",
     )
+)
+
+# Windows of one vector of outputs and of several, that overlap, touch and leave gaps, that reach into the padding on
+# either side, whose taps all lie in it, of all of the image, of more than 255 taps.
+TEST_MAX_POOL_PROBLEMS: tuple[MaxPoolProblem, ...] = (
+    MaxPoolProblem(2, 20, 24, 24, 2, 2, (2, 2)),
+    MaxPoolProblem(2, 50, 8, 8, 2, 2, (2, 2)),
+    MaxPoolProblem(2, 7, 15, 13, 3, 3, (2, 2), (1, 1)),
+    MaxPoolProblem(1, 33, 9, 11, 3, 3, (2, 2), ceil_mode=True),
+    MaxPoolProblem(2, 16, 7, 9, 3, 3, (1, 1), (1, 1)),
+    MaxPoolProblem(1, 3, 61, 70, 3, 3, (2, 2), (1, 1)),
+    MaxPoolProblem(3, 4, 9, 10, 2, 3, (3, 4), (1, 1), (2, 3), True),
+    MaxPoolProblem(1, 5, 11, 12, 1, 2, (3, 1), (0, 1)),
+    MaxPoolProblem(1, 17, 6, 5, 6, 5, (6, 5)),
+    MaxPoolProblem(2, 3, 20, 19, 16, 17, (3, 2), (8, 8)),
+    MaxPoolProblem(1, 2, 1, 4, 2, 2, (1, 1), (1, 1), (1, 4)),
+    MaxPoolProblem(1, 9, 2, 3, 2, 2, (5, 5), (1, 1), (1, 2), True),
+    MaxPoolProblem(1, 1, 130, 140, 2, 2, (2, 2)),
 )

@@ -25,6 +25,10 @@ struct Kernels {
   void (*batch_norm_relu_grad)(const BatchNormArgs&, const Pool&);
   void (*im2col)(const ColumnsArgs&, const Pool&);
   void (*col2im)(const ColumnsArgs&, const Pool&);
+  int64_t (*max_pool_workspace)(const MaxPoolArgs&, int threads);
+  void (*max_pool)(const MaxPoolArgs&, void* workspace, const Pool&);
+  void (*max_pool_grad)(const MaxPoolArgs&, void* workspace, const Pool&);
+  void (*max_pool_pick)(const MaxPoolArgs&, const Pool&);
 };
 
 // The table in force: the best this machine has, or the one that CONVKIT_ISA names. Throws std::runtime_error for a

@@ -38,6 +38,10 @@ void update_running_statistics(const RunningStatistics&, Stream);
 void im2col(const ColumnsArgs&, Stream);
 void col2im(const ColumnsArgs&, Stream);
 
+void max_pool(const MaxPoolArgs&, Stream);
+void max_pool_grad(const MaxPoolArgs&, Stream);
+void max_pool_pick(const MaxPoolArgs&, Stream);
+
 // The kernel that the plan names.
 inline void conv(const ConvArgs& a, const CudaConvPlan& plan, Pass pass, Stream stream) {
   if (plan.kernel == CudaKernel::tensor) conv_sm80(a, plan, pass, stream);

@@ -31,6 +31,11 @@ TORCH_LIBRARY(convkit, m) {
       "batch_norm_relu_grad(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? mask, float eps, bool training, bool[4] output_mask) -> "
       "(Tensor input_grad, Tensor residual_grad, Tensor weight_grad, Tensor bias_grad)");
   m.def("update_running_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()");
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, str? activation, bool save_taps) -> (Tensor out, Tensor taps)");
+  m.def(
+      "max_pool2d_grad(Tensor grad, Tensor taps, SymInt[2] input_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
+  m.def("max_pool2d_pick(Tensor input, Tensor taps, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
   m.def("im2col(Tensor input, int[2] kernel_size, int[2] dilation, int[2] padding, int[2] stride) -> Tensor");
   m.def("col2im(Tensor input, SymInt[2] output_size, int[2] kernel_size, int[2] dilation, int[2] padding, int[2] stride) -> Tensor");
 }
@@ -149,11 +154,13 @@ py::list words(const char* text) {
 TORCH_LIBRARY_IMPL(convkit, CPU, m) {
   convkit::register_conv(m);
   convkit::register_channels(m);
+  convkit::register_max_pool(m);
 }
 #if defined(CONVKIT_CUDA)
 TORCH_LIBRARY_IMPL(convkit, CUDA, m) {
   convkit::register_conv(m);
   convkit::register_channels(m);
+  convkit::register_max_pool(m);
 }
 #endif
 TORCH_LIBRARY_IMPL(convkit, AutocastCPU, m) { convkit::Autocast<c10::kCPU>::rules(m); }

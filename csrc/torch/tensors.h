@@ -26,9 +26,10 @@ namespace convkit {
 using at::IntArrayRef;
 using at::Tensor;
 
-// The operators of conv.cpp and channels.cpp, for any device that has kernels.
+// The operators of conv.cpp, channels.cpp and max_pool.cpp, for any device that has kernels.
 void register_conv(torch::Library&);
 void register_channels(torch::Library&);
+void register_max_pool(torch::Library&);
 
 // `op` and `arg` go into the message: "convkit.conv2d: weight: got …; accepts …".
 #define CONVKIT_CHECK(condition, op, arg, ...) TORCH_CHECK(condition, "convkit.", op, ": ", arg, ": ", __VA_ARGS__)

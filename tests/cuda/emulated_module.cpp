@@ -32,6 +32,7 @@ PYBIND11_MODULE(_emulated, m) {
     installed = std::make_unique<torch::Library>(torch::Library::IMPL, "convkit", c10::DispatchKey::CPU, __FILE__, __LINE__);
     convkit::register_conv(*installed);
     convkit::register_channels(*installed);
+    convkit::register_max_pool(*installed);
   });
   m.def("uninstall", [] { installed.reset(); });
   m.def("set_most_workspace_bytes", [](int64_t bytes) { emulation::most_workspace_bytes() = bytes; });

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
 from convkit import reference
-from convkit.bench.problems import BatchNormProblem, ConvProblem
+from convkit.bench.problems import BatchNormProblem, ConvProblem, MaxPoolProblem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -171,6 +171,12 @@ def _normalized(sample: Sample) -> Tensor:
     return y if residual is None else y + residual
 
 
+def max_pool_sample(problem: MaxPoolProblem, generator=None, activation: str | None = None) -> Sample:
+    options = {"kernel_size": (problem.r, problem.s), "stride": problem.stride, "padding": problem.padding}
+    options |= {"dilation": problem.dilation, "ceil_mode": problem.ceil_mode, "activation": activation}
+    return Sample("max_pool2d", {"input": on_grid(problem.tensors(generator)[0])}, options)
+
+
 def _column_options(problem: ConvProblem) -> dict[str, Any]:
     options = conv_options(problem) | {"kernel_size": (problem.r, problem.s)}
     del options["groups"]
@@ -242,11 +248,23 @@ def small_samples(
         "col2im": col2im_sample(dense, generator),
         "col2im strided dilated": col2im_sample(strided, generator),
     }
+    plain = MaxPoolProblem(2, 3, 6, 4, 2, 2, (2, 2), dtype=dtype, layout=layout)
+    overlapping = MaxPoolProblem(1, 2, 7, 6, 3, 3, (2, 2), (1, 1), dtype=dtype, layout=layout)
+    past_the_end = overlapping.replace(padding=(1, 0), ceil_mode=True)
+    large = MaxPoolProblem(1, 2, 17, 18, 16, 17, (1, 1), dtype=dtype, layout=layout)
+    samples |= {
+        "max_pool2d": max_pool_sample(plain, generator),
+        "max_pool2d relu": max_pool_sample(plain, generator, "relu"),
+        "max_pool2d overlapping": max_pool_sample(overlapping, generator),
+        "max_pool2d ceil_mode": max_pool_sample(past_the_end, generator, "relu"),
+        "max_pool2d dilated": max_pool_sample(overlapping.replace(dilation=(2, 1)), generator),
+        "max_pool2d large": max_pool_sample(large, generator),
+    }
     weight_only = samples["batch_norm_relu training"]
     samples["batch_norm_relu weight only"] = dataclasses.replace(
         weight_only, tensors={name: value for name, value in weight_only.tensors.items() if name != "bias"}
     )
-    for name in ("conv2d", "conv_transpose2d", "separable_conv2d", "im2col", "col2im"):
+    for name in ("conv2d", "conv_transpose2d", "separable_conv2d", "max_pool2d", "im2col", "col2im"):
         tensors = samples[name].tensors
         samples[f"{name} unbatched"] = dataclasses.replace(
             samples[name], tensors=tensors | {"input": tensors["input"][0]}
@@ -260,9 +278,14 @@ def small_samples(
     return samples
 
 
+def _unread(t: Tensor) -> float:
+    """What lies beside the values."""
+    return torch.nan if t.is_floating_point() else 77
+
+
 def sliced(t: Tensor) -> Tensor:
     """The same values, every dimension taken out of one twice as long."""
-    big = torch.full([2 * size for size in t.shape], torch.nan, dtype=t.dtype)
+    big = torch.full([2 * size for size in t.shape], _unread(t), dtype=t.dtype)
     view = big[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t)
 
@@ -277,7 +300,7 @@ def channel_slice(t: Tensor) -> Tensor:
     if t.dim() != 4:
         return sliced(t)
     n, c, h, w = t.shape
-    big = torch.full((n, h, w, 3 * c), torch.nan, dtype=t.dtype)
+    big = torch.full((n, h, w, 3 * c), _unread(t), dtype=t.dtype)
     return big[..., c : 2 * c].copy_(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -16,6 +16,7 @@ NAMES = (
     "batch_norm_relu training",
     "batch_norm_relu eval",
     "batch_norm_relu training no affine",
+    "max_pool2d relu",
     "im2col",
     "col2im",
 )

@@ -278,10 +278,40 @@ SEPARABLE = [
     ("pointwise_weight", {"pointwise_weight": meta(12, 8, 1, 1)}, "meta", RuntimeError),
 ]
 
+MAX_POOL2D = [
+    ("input", {"input": torch.randn(6, 6)}, "2-D", None),
+    ("input", {"input": torch.randn(1, 2, 3, 6, 6)}, "5-D", None),
+    ("kernel_size", {"kernel_size": 7}, "7.*6", None),
+    ("kernel_size", {"kernel_size": 0}, "0", None),
+    ("kernel_size", {"kernel_size": (2, -1)}, "2, -1", None),
+    ("kernel_size", {"kernel_size": (2, 2, 2)}, r"\(2, 2, 2\)", None),
+    ("kernel_size", {"kernel_size": 1.5}, "1.5", None),
+    ("kernel_size", {"kernel_size": 2**62}, str(2**62), None),
+    ("kernel_size", {"kernel_size": 3, "dilation": 3}, "3.*6", None),
+    ("stride", {"stride": 0}, "0", None),
+    ("stride", {"stride": (1, -1)}, "1, -1", None),
+    ("stride", {"stride": (1, 1, 1)}, r"\(1, 1, 1\)", None),
+    ("padding", {"padding": -1}, "-1", None),
+    ("padding", {"padding": 2}, "2.*half", None),
+    ("padding", {"padding": (0, 2)}, "0, 2.*half", None),
+    ("padding", {"padding": "same"}, "'same'", None),
+    ("dilation", {"dilation": 0}, "0", None),
+    ("ceil_mode", {"ceil_mode": 1.5}, "1.5", None),
+    ("activation", {"activation": "gelu"}, "'gelu'.*relu", ValueError),
+    ("input", {"input": X.int()}, "(?i)int", NotImplementedError),
+    ("input", {"input": X.cfloat()}, "(?i)complex", NotImplementedError),
+    ("input", {"input": X.to_sparse()}, "(?i)sparse", (RuntimeError, NotImplementedError)),
+    ("input", {"input": torch.randn(2, 0, 6, 6)}, r"\[2, 0, 6, 6\]", None),
+    ("input", {"input": torch.randn(2, 8, 0, 6)}, r"\[2, 8, 0, 6\]", None),
+    ("input", {"input": None}, "NoneType", None),
+    ("input", {"input": [1.0]}, "list", None),
+]
+
 OPERATORS = {
     "conv2d": (CONV2D, {"input": X, "weight": W}, F.conv2d),
     "conv_transpose2d": (CONV_TRANSPOSE2D, {"input": X, "weight": torch.randn(8, 12, 3, 3)}, F.conv_transpose2d),
     "batch_norm_relu": (BATCH_NORM_RELU, {"input": X}, F.batch_norm),
+    "max_pool2d": (MAX_POOL2D, {"input": X, "kernel_size": 2}, F.max_pool2d),
     "im2col": (IM2COL, {"input": X, "kernel_size": 2}, F.unfold),
     "col2im": (COL2IM, {"input": COLUMNS, "output_size": (6, 6), "kernel_size": 2}, F.fold),
     "separable_conv2d": (SEPARABLE, {"input": X, "depthwise_weight": DEPTHWISE, "pointwise_weight": POINTWISE}, None),
@@ -394,6 +424,30 @@ NASTY = [
     ("CF.col2im(c, (6, 6), 2, padding=2**62)", None),
     ("CF.col2im(c, (6, 6), 2, dilation=2**62)", None),
     ("CF.col2im(torch.randn(1, 4, 1), (2**31, 2**31), 2, stride=2**62)", None),
+    ("CF.max_pool2d(x, 2, stride=2**62).shape", (2, 8, 1, 1)),
+    ("CF.max_pool2d(x, 2, stride=2**62, ceil_mode=True).shape", (2, 8, 1, 1)),
+    ("CF.max_pool2d(x, 1, dilation=2**62).shape", (2, 8, 6, 6)),
+    ("CF.max_pool2d(x, 2**40, padding=2**39, stride=2**62, ceil_mode=True).shape", (2, 8, 1, 1)),
+    ("CF.max_pool2d(x, 2**20, padding=2**19).shape", (2, 8, 1, 1)),
+    ("CF.max_pool2d(x, 3, dilation=2**20, padding=2**20, stride=2**20).shape", (2, 8, 1, 1)),
+    ("CF.max_pool2d(x, 2, stride=2**64)", None),
+    ("CF.max_pool2d(x, 2, padding=2**62)", None),
+    ("CF.max_pool2d(x, 3, dilation=2**62)", None),
+    ("CF.max_pool2d(x, 2**62, padding=2**61).shape", (2, 8, 1, 1)),
+    ("ops.max_pool2d(x, [2], [2, 2], [0, 0], [1, 1], False, None, True)", None),
+    ("ops.max_pool2d_grad(x, x, [6, 6], [2, 2], [2, 2], [0, 0], [1, 1], False, False)", None),
+    ("ops.max_pool2d_grad(z, b, [6], [2, 2], [2, 2], [0, 0], [1, 1], False, False)", None),
+    (
+        "ops.max_pool2d_grad(z, b[:, :, :2], [6, 6], [2, 2], [2, 2], [0, 0], [1, 1], False, False)",
+        None,
+    ),
+    # Taps that no forward wrote
+    (
+        "ops.max_pool2d_grad(z, b, [6, 6], [2, 2], [2, 2], [0, 0], [1, 1], False, False).shape",
+        (2, 8, 6, 6),
+    ),
+    ("ops.max_pool2d_pick(x, b, [2, 2], [2, 2], [0, 0], [1, 1], False, False).shape", (2, 8, 3, 3)),
+    ("ops.max_pool2d_pick(x, b[:1], [2, 2], [2, 2], [0, 0], [1, 1], False, True)", None),
     ("CF.separable_conv2d(x, d, one, padding=2**40)", None),
     ("CF.separable_conv2d(x, d, one, dilation=2**62)", None),
     ("CF.separable_conv2d(x, d, one, stride=2**62).shape", (2, 12, 1, 1)),
@@ -438,6 +492,7 @@ ops = torch.ops.convkit
 x, w, t = torch.randn(2, 8, 6, 6), torch.randn(12, 8, 3, 3), torch.randn(8, 12, 3, 3)
 one, d, c = torch.randn(12, 8, 1, 1), torch.randn(8, 1, 3, 3), torch.randn(2, 32, 25)
 v, y = torch.rand(8), CF.conv2d(x, w)
+z, b = torch.randn(2, 8, 3, 3), torch.full((2, 8, 3, 3), 200, dtype=torch.uint8)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 2**31  # what is there, and 2 GiB
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -426,7 +426,9 @@ def test_command(clock, capsys, tmp_path):
     model = "convkit.lab.models:simplenet"
     status, out, err = run(capsys, model, "--input", "2x1x28x28", "--json", str(tmp_path / "x.json"))
     assert status == 0 and err == "" and "n2c1h28w28k20r5s5u1p0d1g1_f32_nchw" in out and "backward, ms" in out
-    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["Conv2d", "MaxPool2d"] * 2
+    assert rows[1]["problem"] == "n2c20h24w24r2s2u2p0d1_f32_nchw" and rows[1]["plans"]
     status, out, _ = run(
         capsys, model, "--input", "2x1x28x28", "--dtype", "bf16", "--layout", "nhwc", "--eval", "--threads", "1"
     )

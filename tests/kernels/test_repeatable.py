@@ -10,12 +10,19 @@ from kernel_checks import (
     col2im_sample,
     conv_sample,
     im2col_sample,
+    max_pool_sample,
     separable_sample,
     transpose_sample,
 )
 
 from convkit import functional as CF
-from convkit.bench.problems import TEST_BATCH_NORM_PROBLEMS, TEST_PROBLEMS, BatchNormProblem, ConvProblem
+from convkit.bench.problems import (
+    TEST_BATCH_NORM_PROBLEMS,
+    TEST_MAX_POOL_PROBLEMS,
+    TEST_PROBLEMS,
+    BatchNormProblem,
+    ConvProblem,
+)
 
 CONVOLUTIONS = (
     "n3c17h13w12k33r3s3p1",
@@ -47,6 +54,9 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
         for training in (False, True):
             problem = BatchNormProblem.parse(text).replace(**form)
             made[f"batch_norm_relu {text} {training}"] = batch_norm_sample(problem, training=training)
+    for number, problem in enumerate(TEST_MAX_POOL_PROBLEMS):
+        activation = (None, "relu")[number % 2]
+        made[f"max_pool2d {problem}"] = max_pool_sample(problem.replace(**form), activation=activation)
     made["im2col"] = im2col_sample(problems["n9c3h16w15k20r5s5u2p2"])
     made["col2im"] = col2im_sample(problems["n9c3h16w15k20r5s5u2p2"])
     return made

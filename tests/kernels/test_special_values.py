@@ -189,6 +189,7 @@ def empty_samples() -> dict[str, Sample]:
         ),
         "no rows, batch norm": Sample("batch_norm_relu", {"input": torch.randn(2, 4, 0, 5), **norm}, none),
         "no channels, batch norm": Sample("batch_norm_relu", {"input": torch.randn(2, 0, 3, 3)}, none),
+        "no images, max pool": Sample("max_pool2d", {"input": x}, {"kernel_size": 2, "activation": "relu"}),
         "no images, im2col": Sample("im2col", {"input": x}, {"kernel_size": 3}),
         "no images, col2im": Sample(
             "col2im", {"input": torch.randn(0, 36, 15)}, {"output_size": (7, 5), "kernel_size": 3}

@@ -156,6 +156,8 @@ COMPILED = (
     "separable_conv2d",
     "batch_norm_relu training residual",
     "batch_norm_relu eval",
+    "max_pool2d relu",
+    "max_pool2d ceil_mode",
     "im2col",
     "col2im",
 )
@@ -244,7 +246,16 @@ def test_export_with_a_dynamic_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ("conv2d relu", "conv2d epilogue", "batch_norm_relu eval", "conv_transpose2d", "im2col", "separable_conv2d")
+    "name",
+    (
+        "conv2d relu",
+        "conv2d epilogue",
+        "batch_norm_relu eval",
+        "conv_transpose2d",
+        "max_pool2d relu",
+        "im2col",
+        "separable_conv2d",
+    ),
 )
 def test_vmap(name: str):
     """A loop over the first dimension, where there is nothing better."""

@@ -23,6 +23,7 @@ from convkit.bench.problems import ConvProblem
 BOUND = 1e-5
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("fprop", "dgrad", "wgrad")
+TAPS = (3, 5)
 
 
 @pytest.fixture
@@ -65,24 +66,26 @@ def assert_within_bound(*samples: Sample) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("height", range(1, 15))
-def test_image_sizes(everywhere, height: int, layout: str):
+def test_image_sizes(everywhere, height: int, taps: int, layout: str):
     """Every number of rows and columns that a last tile can have, with and without padding."""
     for width, padding in itertools.product((1, 2, 3, 4, 5, 7, 8, 9, 13, 14), (0, 1)):
-        if min(height, width) + 2 * padding >= 3:
+        if min(height, width) + 2 * padding >= taps:
             bias, activation = (height + width) % 2 == 0, (None, "relu")[width % 2]
             scale, residual = (height + padding) % 2 == 0, (height + width) % 3 > 0
-            problem = parse(f"n2c5h{height}w{width}k6r3s3p{padding}", layout)
+            problem = parse(f"n2c5h{height}w{width}k6r{taps}s{taps}p{padding}", layout)
             assert "winograd" in _C.plan(str(problem), "fprop")
             sample = conv_sample(problem, None, bias, activation, scale, residual)
             assert_within_bound(sample)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("channels", (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 80, 130))
-def test_channels_and_filters(everywhere, channels: int, layout: str):
+def test_channels_and_filters(everywhere, channels: int, taps: int, layout: str):
     """Counts around the widths of vectors and of blocks of 64, of either."""
-    for text in (f"n1c{channels}h6w7k20r3s3p1", f"n3c20h5w9k{channels}r3s3p1"):
+    for text in (f"n1c{channels}h6w7k20r{taps}s{taps}p1", f"n3c20h5w9k{channels}r{taps}s{taps}p1"):
         problem = parse(text, layout)
         assert_within_bound(
             conv_sample(problem, activation="relu", scale=True, residual=True), conv_sample(problem, bias=False)
@@ -93,28 +96,31 @@ def test_channels_and_filters(everywhere, channels: int, layout: str):
 @pytest.mark.parametrize("padding", ("0x1x1x0", "2x0x0x1", "1x2x0x2", "2", "3x1x1x4", "0x5x6x0", "7"))
 def test_padding(everywhere, padding: str, layout: str):
     """One-sided, and so wide that whole tiles see nothing but zeros."""
-    for size in ("h9w6", "h2w11"):
-        assert_within_bound(conv_sample(parse(f"n2c9{size}k10r3s3p{padding}", layout)))
+    for size, taps in itertools.product(("h9w6", "h4w11"), TAPS):
+        assert_within_bound(conv_sample(parse(f"n2c9{size}k10r{taps}s{taps}p{padding}", layout)))
 
 
 @pytest.mark.parametrize("tiles", range(1, 40))
 def test_numbers_of_tiles(everywhere, tiles: int):
     """Around the rows of the register tiles, and the tiles that a weight gradient sums at once."""
-    assert_within_bound(conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")))
+    assert_within_bound(
+        conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")), conv_sample(parse(f"n{tiles}c17h5w4k18r5s5p1"))
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transposed(everywhere, layout: str):
-    for text in ("n2c9h8w7k10r3s3p1", "n1c20h3w9k33r3s3p0x1", "n2c5h6w6k7r3s3p2"):
+    for text in ("n2c9h8w7k10r5s5p2", "n2c9h8w7k10r3s3p1", "n1c20h3w9k33r3s3p0x1", "n2c5h6w6k7r3s3p2"):
         assert_within_bound(transpose_sample(parse(text, layout)))
 
 
 @pytest.mark.parametrize("arrange", (torch.Tensor.contiguous, lambda t: t.to(memory_format=torch.channels_last)))
 def test_weights_in_any_layout(everywhere, arrange):
     """Whatever the layout of the input; a weight may also have no dense layout at all."""
-    sample = conv_sample(parse("n2c36h7w6k40r3s3p1", "nchw"))
-    for weight in (arrange(sample.tensors["weight"]), sample.tensors["weight"].mT.contiguous().mT):
-        assert_within_bound(dataclasses.replace(sample, tensors=sample.tensors | {"weight": weight}))
+    for taps in TAPS:
+        sample = conv_sample(parse(f"n2c36h7w6k40r{taps}s{taps}p1", "nchw"))
+        for weight in (arrange(sample.tensors["weight"]), sample.tensors["weight"].mT.contiguous().mT):
+            assert_within_bound(dataclasses.replace(sample, tensors=sample.tensors | {"weight": weight}))
 
 
 def test_unaligned_tensors(everywhere):
@@ -132,6 +138,15 @@ def test_the_bound_up_to_512_channels(text: str, layout: str):
     assert all("winograd" in _C.plan(str(problem), which) for which in PASSES)
     errors = error_norms(conv_sample(problem))
     assert all(error <= 2e-6 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("text", ("n128c20h12w12k50r5s5", "n8c64h27w27k192r5s5p2", "n4c256h14w14k256r5s5p2"))
+def test_the_bound_of_5x5(text: str, layout: str):
+    problem = parse(text, layout)
+    assert all("winograd" in _C.plan(str(problem), which) for which in PASSES)
+    errors = error_norms(conv_sample(problem))
+    assert all(error <= 8e-6 for error in errors.values()), errors
 
 
 def test_against_the_direct_kernel_where_the_source_comes_in_several_chunks():

@@ -24,7 +24,9 @@ def test_four_filters_of_nine_by_nine(conv2d, stride, output, im2col):
 
 
 def test_layers_of_simplenet_by_hand():
-    conv1, conv2, fc1, output = models.layers(models.build("simplenet"))
+    conv1, pool1, conv2, pool2, fc1, output = models.layers(models.build("simplenet"))
+    assert pool1.kind == pool2.kind == "MaxPool2d" and pool1.parameters == pool2.multiply_adds == 0
+    assert (pool1.output_shape, pool2.output_shape) == ((20, 12, 12), (50, 4, 4))
     assert (conv1.formula, conv2.formula) == ("20·1·5·5 + 20", "50·20·5·5 + 50")
     assert (fc1.formula, output.formula) == ("256·800 + 256", "10·256 + 10")
     assert [layer.output_shape for layer in (conv1, conv2, fc1, output)] == [(20, 24, 24), (50, 8, 8), (256,), (10,)]

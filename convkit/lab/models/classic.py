@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -43,15 +44,12 @@ class _AlexNet(_Classic):
         super().__init__((channels, 224, 224), num_classes)
         at_least(1, hidden=hidden)
         probability(dropout=dropout)
-        layers = [
-            *conv_activation(backend, "relu", channels, 64, 11, 4, 2),
-            nn.MaxPool2d(3, 2),
-            *conv_activation(backend, "relu", 64, 192, 5, 1, 2),
-            nn.MaxPool2d(3, 2),
+        layers = [  # ReLUs before a max pool are left to it: swap has its kernel do both
+            *(nn.Conv2d(channels, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
             *conv_activation(backend, "relu", 192, 384, 3, 1, 1),
             *conv_activation(backend, "relu", 384, 256, 3, 1, 1),
-            *conv_activation(backend, "relu", 256, 256, 3, 1, 1),
-            nn.MaxPool2d(3, 2),
+            *(nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2)),
         ]
         self.features = _numbered(Normalize.of(channels, IMAGENET), layers)
         self.pool = nn.AdaptiveAvgPool2d(6)
@@ -95,12 +93,14 @@ _VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 
 def _vgg_layers(widths: Sequence[int], channels: int, norm: str, backend: str) -> list[nn.Module]:
     """3×3 convolutions; a width of 0 stands for a max pool. They have a bias even before a norm, as torchvision's."""
     layers: list[nn.Module] = []
-    for width in widths:
+    for width, following in itertools.pairwise((*widths, 0)):
         if width == 0:
             layers.append(nn.MaxPool2d(2))
             continue
-        if norm == "none":
+        if norm == "none" and following != 0:
             layers += conv_activation(backend, "relu", channels, width, 3, 1, 1)
+        elif norm == "none":  # swap has the pool's kernel do the ReLU before it
+            layers += [nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
         else:
             layers += [nn.Conv2d(channels, width, 3, 1, 1), norm2d(norm, width), nn.ReLU()]
         channels = width

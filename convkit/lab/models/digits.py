@@ -14,7 +14,9 @@ from convkit.lab.models.network import (
     Normalize,
     accept,
     activation,
+    activation_pool,
     at_least,
+    conv2d_class,
     conv_activation,
     register,
 )
@@ -49,16 +51,16 @@ class _SimpLeNet(Network):
     def __init__(self, num_classes: int, channels: int, size: int, act: str, backend: str) -> None:
         super().__init__((channels, size, size), num_classes)
         self.normalize = Normalize.of(channels)
-        self.conv1, self.act1 = conv_activation(backend, act, channels, 20, 5)
-        self.conv2, self.act2 = conv_activation(backend, act, 20, 50, 5)
+        conv2d = conv2d_class(backend)
+        self.conv1, self.pool1 = conv2d(channels, 20, 5), activation_pool(backend, act, 2)
+        self.conv2, self.pool2 = conv2d(20, 50, 5), activation_pool(backend, act, 2)
         side = ((size - 4) // 2 - 4) // 2
         self.fc1 = nn.Linear(50 * side * side, 256)
         self.act3 = activation(act)
         self.output = nn.Linear(256, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.act1(self.conv1(self.normalize(x))), 2)
-        return F.max_pool2d(self.act2(self.conv2(x)), 2)
+        return self.pool2(self.conv2(self.pool1(self.conv1(self.normalize(x)))))
 
     def embed(self, x: Tensor) -> Tensor:
         return self.act3(self.fc1(self.features(x).flatten(1)))

@@ -240,6 +240,18 @@ def conv_activation(backend: str, kind: str, *args, **kwargs) -> tuple[nn.Conv2d
     return conv2d(*args, **kwargs), activation(kind)
 
 
+def activation_pool(backend: str, kind: str, size: int) -> nn.Module:
+    """An activation, then a max pool; a ReLU is done by the pool's kernel, where most of its input is gone already."""
+    accept("backend", backend, BACKENDS)
+    if backend == "torch":
+        return nn.Sequential(activation(kind), nn.MaxPool2d(size))
+    import convkit.nn
+
+    if kind == "relu":
+        return convkit.nn.MaxPool2d(size, activation="relu")
+    return nn.Sequential(activation(kind), convkit.nn.MaxPool2d(size))
+
+
 def norm2d(kind: str, channels: int) -> nn.Module:
     """A normalisation of (N, channels, H, W), one of NORMS, all with a learnable scale and shift.
 

@@ -21,6 +21,10 @@ void batch_norm_relu(const BatchNormArgs&, const Pool&);
 void batch_norm_relu_grad(const BatchNormArgs&, const Pool&);
 void im2col(const ColumnsArgs&, const Pool&);
 void col2im(const ColumnsArgs&, const Pool&);
+int64_t max_pool_workspace(const MaxPoolArgs&, int);
+void max_pool(const MaxPoolArgs&, void*, const Pool&);
+void max_pool_grad(const MaxPoolArgs&, void*, const Pool&);
+void max_pool_pick(const MaxPoolArgs&, const Pool&);
 
 namespace {
 void conv(const ConvArgs& a, Pass pass, const Pool& pool) {
@@ -39,6 +43,7 @@ extern const Kernels table;
 const Kernels table = {
     {CONVKIT_STRING(CONVKIT_ISA), kVectorBytes, 0, 0, {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3], kTileRows[4]}},
     conv, separable_workspace, separable, channel_workspace, channel_sum, batch_norm_relu, batch_norm_relu_grad, im2col, col2im,
+    max_pool_workspace, max_pool, max_pool_grad, max_pool_pick,
 };
 
 }  // namespace convkit::cpu::CONVKIT_ISA

@@ -1,8 +1,9 @@
-// 3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3): a quarter of the multiplications, all three passes.
+// 3x3 and 5x5 convolutions with stride 1 by Winograd's F(4x4, 3x3) and F(4x4, 5x5): a quarter of the multiplications or
+// a sixth, all three passes.
 //
-// Tiles of 6 x 6 source pixels are transformed to 36 positions, each position is a matrix product of its own (tiles x
-// channels times channels x filters; in the weight gradient filters x tiles times tiles x channels), and 36 sums are
-// transformed back to 4 x 4 outputs or 3 x 3 taps. Everything between lies in blocks [36][rows][64] of a few tiles (or a
+// Tiles of 6 x 6 (8 x 8) source pixels are transformed to as many positions, each position is a matrix product of its own
+// (tiles x channels times channels x filters; in the weight gradient filters x tiles times tiles x channels), and the sums
+// are transformed back to 4 x 4 outputs or 3 x 3 taps. Everything between lies in blocks [36][rows][64] of a few tiles (or a
 // few filters) and 64 channels, so that what a product reads and writes is next to each other whatever the tensor's size:
 // rows of 64 values have the same distance in every operand, and a block is a part of a core's second-level cache.
 #include "../kernels.h"
@@ -18,7 +19,6 @@ using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
 constexpr int kWidth = kWinogradWidth;
-constexpr int kTaps = kFilter * kFilter;
 constexpr int64_t kPanel = kWinogradPanel;
 
 // c[m][v] (+)= sum over d of a(m, d) * b[d][v] for MR rows and NV vectors of columns: 7 x 4 accumulators of AVX-512's 32
@@ -91,7 +91,10 @@ struct Pixels {
   int64_t top, left;
 };
 
-struct Tiles {
+// For filters of kFilter x kFilter taps.
+template <int kFilter> struct Tiles {
+  using Transforms = Winograd<kFilter>;
+  static constexpr int kTileIn = Transforms::tile, kPositions = kTileIn * kTileIn, kTaps = kFilter * kFilter;
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
@@ -197,8 +200,8 @@ struct Tiles {
           if (!direct) tap = taps[i][0], row = kFilter * L, column = L;
           if (plan.input_grad) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
           int n = int(wide);
-          if (wide == L) transform_tile<FilterTransform>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
-          else transform_tile<FilterTransform>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
+          if (wide == L) transform_tile<typename Transforms::Filter>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
+          else transform_tile<typename Transforms::Filter>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
         }
       }
     }
@@ -212,7 +215,7 @@ struct Tiles {
   // Groups of `groups`, one block of depth -> to[group][position][tile][channel].
   void transform_source(const Pixels& src, Range groups, int64_t depth_block, float* to, float* strip) const {
     Range depth = block_of(plan.src_c, depth_block);
-    transform_pixels<SourceTransform>(
+    transform_pixels<typename Transforms::Source>(
         src, {group(groups.begin).begin, group(groups.end - 1).end}, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
           int64_t g = group_of(tile);
           return to + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
@@ -255,7 +258,7 @@ struct Tiles {
         for (int64_t v = 0; v < channels; v += L) {
           int64_t lanes = min_of<int64_t>(L, channels - v);
           V y[kTileOut][kTileOut];
-          transform_tile<OutputTransform>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
+          transform_tile<typename Transforms::Output>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
                                           [&](int i, int j, V value) { y[i][j] = value; });
           if (scale != nullptr) {
             V factor = load_up_to(scale + v, lanes);
@@ -369,8 +372,8 @@ struct Tiles {
     for (int64_t i = 0; i < pieces; ++i) {
       Range now = part(tiles.end - tiles.begin, pieces, i);
       now = {tiles.begin + now.begin, tiles.begin + now.end};
-      transform_pixels<SourceTransform>(x, now, channels.begin, wide, strip, step, [&](int64_t t) { return source + (t - now.begin) * kWidth; });
-      transform_pixels<GradTransform>(grad, now, filters.begin, filters.end - filters.begin, strip, step,
+      transform_pixels<typename Transforms::Source>(x, now, channels.begin, wide, strip, step, [&](int64_t t) { return source + (t - now.begin) * kWidth; });
+      transform_pixels<typename Transforms::Grad>(grad, now, filters.begin, filters.end - filters.begin, strip, step,
                                       [&](int64_t t) { return gradient + (t - now.begin) * kWidth; });
       for (int64_t position = 0; position < kPositions; ++position)
         for (int64_t tile = 0; tile < row_tiles; ++tile) {
@@ -395,7 +398,7 @@ struct Tiles {
       int lanes = int(min_of<int64_t>(L, channels.end - first));
       const float* from = sums + row * kWidth + (first - channels.begin);
       float taps[kTaps][L];
-      transform_tile<WeightGradTransform>(
+      transform_tile<typename Transforms::WeightGrad>(
           [&](int i, int j) {
             const float* sum = from + (i * kTileIn + j) * kPanel;
             V total = load(sum);
@@ -451,9 +454,9 @@ struct Tiles {
 }  // namespace
 
 void winograd(const ConvArgs& a, Pass pass, const Pool& pool) {
-  Tiles run(a, pool);
-  if (pass == Pass::weight_grad) run.weight_grad();
-  else run.forward();
+  auto run = [&](auto tiles) { pass == Pass::weight_grad ? tiles.weight_grad() : tiles.forward(); };
+  if (a.problem.r == 3) run(Tiles<3>(a, pool));
+  else run(Tiles<5>(a, pool));
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

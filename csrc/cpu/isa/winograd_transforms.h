@@ -1,87 +1,110 @@
-// The transforms of Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), a vector of channels
-// or filters at a time.
+// The transforms of Winograd's minimal filtering (Lavin & Gray 2016, arXiv:1509.09308), a vector of channels or filters at
+// a time: F(4x4, 3x3) on tiles of 6 x 6 pixels and F(4x4, 5x5) on tiles of 8 x 8.
 //
-// A tile of 4 x 4 outputs y comes from 6 x 6 inputs d and a 3 x 3 filter g by y = A'[(G g G') * (B' d B)]A, where * is
-// taken position by position: 36 products instead of 144. The weight gradient is the same identity read the other way,
-// dg = G'[(B' d B) * (A dy A')]G, and the input gradient is the forward pass with the filter turned by half a turn.
+// A tile of 4 x 4 outputs y comes from the inputs d and a filter g by y = A'[(G g G') * (B' d B)]A, where * is taken
+// position by position: 36 products instead of 144 for a 3 x 3 filter, 64 instead of 400 for a 5 x 5 one. The weight
+// gradient is the same identity read the other way, dg = G'[(B' d B) * (A dy A')]G, and the input gradient is the forward
+// pass with the filter turned by half a turn.
 //
-// The six points are 0, 5/8, -5/8, 3/2, -3/2 and infinity. Their powers are exact in float32 and of moderate size: the
-// error is half of that with the textbook's 0, 1, -1, 2, -2 (measured, norm-wise, 64 channels: 8e-7 against 1.7e-6).
+// The points are 0, pairs ±x, and infinity: 5/8 and 3/2 for 3 x 3, 7/16, 1 and 2 for 5 x 5. Their powers are exact in
+// float32 and of moderate size: the error is half of that with the textbook's 1 and 2 (measured, norm-wise, 64 channels:
+// 8e-7 against 1.7e-6). That of 5 x 5 is 2.4e-6 with 20 channels and 3.5e-6 with 64, and 5e-6 in the weight gradient.
 #pragma once
 
 #include "vec.h"
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-constexpr int kTileIn = 6, kTileOut = 4, kFilter = 3, kPositions = 36;
+constexpr int kTileOut = 4;
 
-constexpr float kA = 0.625f, kB = 1.5f;
-constexpr float kA2 = kA * kA, kB2 = kB * kB, kA3 = kA2 * kA, kB3 = kB2 * kB;
-// Reciprocals of the products of differences between a point and the others.
-constexpr float kG0 = 1 / (kA2 * kB2), kGa = 1 / (2 * kA2 * (kA2 - kB2)), kGb = 1 / (2 * kB2 * (kB2 - kA2));
+// For filters of R taps: the matrices, put together from the points.
+template <int R> struct Matrices {
+  static constexpr int pairs = R == 3 ? 2 : 3, tile = 2 * pairs + 2;
+  static_assert(tile == kTileOut + R - 1);
+  // Of B': coefficients of the product over all pairs of (t - x²), in t, and of the products with one pair left out.
+  float all[pairs + 1], without[pairs][pairs];
+  float point[pairs];
+  // Of A and G: powers of the points, and those times the reciprocal of the product of differences to all other points.
+  float powers[2][pairs][tile];
+  float zero[2];
 
-// One row or column: what the matrices B', G, A' and their transposes do to it, with sums and differences of the points ±a
-// and ±b shared. From `in` values to `out` values.
-struct SourceTransform {  // B': 6 -> 6
-  static constexpr int in = kTileIn, out = kTileIn;
-  template <class V> CONVKIT_INLINE static void apply(const V* d, V* v) {
-    V even_a = d[4] - kB2 * d[2], odd_a = d[3] - kB2 * d[1];
-    V even_b = d[4] - kA2 * d[2], odd_b = d[3] - kA2 * d[1];
-    v[0] = kA2 * kB2 * d[0] + (d[4] - (kA2 + kB2) * d[2]);
-    v[1] = even_a + kA * odd_a;
-    v[2] = even_a - kA * odd_a;
-    v[3] = even_b + kB * odd_b;
-    v[4] = even_b - kB * odd_b;
-    v[5] = kA2 * kB2 * d[1] + (d[5] - (kA2 + kB2) * d[3]);
+  constexpr Matrices() : all{}, without{}, point{}, powers{}, zero{} {
+    constexpr double x[3] = {R == 3 ? 0.625 : 0.4375, R == 3 ? 1.5 : 1, 2};
+    double differences = 1;
+    for (int k = -1; k < pairs; ++k) {  // -1: none left out
+      double of[pairs + 1] = {1}, product = k < 0 ? 1 : 2 * x[k] * x[k];
+      for (int other = 0, degree = 0; other < pairs; ++other) {
+        if (other == k) continue;
+        for (int j = ++degree; j >= 0; --j) of[j] = (j > 0 ? of[j - 1] : 0) - x[other] * x[other] * of[j];
+        product *= (k < 0 ? 0 : x[k] * x[k]) - x[other] * x[other];
+      }
+      if (k < 0) {
+        for (int j = 0; j <= pairs; ++j) all[j] = float(of[j]);
+        differences = product;
+        continue;
+      }
+      for (int j = 0; j < pairs; ++j) without[k][j] = float(of[j]);
+      point[k] = float(x[k]);
+      double power = 1;
+      for (int i = 0; i < tile; ++i, power *= x[k]) powers[0][k][i] = float(power), powers[1][k][i] = float(power / product);
+    }
+    zero[0] = 1, zero[1] = float(1 / differences);
   }
 };
 
-struct FilterTransform {  // G: 3 -> 6
-  static constexpr int in = kFilter, out = kTileIn;
-  template <class V> CONVKIT_INLINE static void apply(const V* g, V* u) {
-    V even_a = kGa * g[0] + kGa * kA2 * g[2], even_b = kGb * g[0] + kGb * kB2 * g[2];
-    u[0] = kG0 * g[0];
-    u[1] = even_a + kGa * kA * g[1];
-    u[2] = even_a - kGa * kA * g[1];
-    u[3] = even_b + kGb * kB * g[1];
-    u[4] = even_b - kGb * kB * g[1];
-    u[5] = g[2];
-  }
-};
+// One row or column: what the matrices do to it, with sums and differences of the points ±x shared. From `in` values to
+// `out` values.
+template <int R> struct Winograd {
+  static constexpr Matrices<R> m{};
+  static constexpr int pairs = Matrices<R>::pairs, tile = Matrices<R>::tile;
 
-struct OutputTransform {  // A': 6 -> 4
-  static constexpr int in = kTileIn, out = kTileOut;
-  template <class V> CONVKIT_INLINE static void apply(const V* m, V* y) {
-    V sum_a = m[1] + m[2], sum_b = m[3] + m[4], difference_a = m[1] - m[2], difference_b = m[3] - m[4];
-    y[0] = m[0] + (sum_a + sum_b);
-    y[1] = kA * difference_a + kB * difference_b;
-    y[2] = kA2 * sum_a + kB2 * sum_b;
-    y[3] = m[5] + (kA3 * difference_a + kB3 * difference_b);
-  }
-};
+  struct Source {  // B'
+    static constexpr int in = tile, out = tile;
+    template <class V> CONVKIT_INLINE static void apply(const V* d, V* v) {
+      v[0] = d[2 * pairs], v[tile - 1] = d[2 * pairs + 1];
+      CONVKIT_UNROLL for (int i = 0; i < pairs; ++i) v[0] += m.all[i] * d[2 * i], v[tile - 1] += m.all[i] * d[2 * i + 1];
+      CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) {
+        V even = d[2 * pairs], odd = d[2 * pairs - 1];
+        CONVKIT_UNROLL for (int i = 0; i < pairs - 1; ++i) even += m.without[k][i] * d[2 + 2 * i], odd += m.without[k][i] * d[1 + 2 * i];
+        v[1 + 2 * k] = even + m.point[k] * odd;
+        v[2 + 2 * k] = even - m.point[k] * odd;
+      }
+    }
+  };
 
-struct GradTransform {  // A: 4 -> 6
-  static constexpr int in = kTileOut, out = kTileIn;
-  template <class V> CONVKIT_INLINE static void apply(const V* y, V* m) {
-    V even_a = y[0] + kA2 * y[2], odd_a = y[1] + kA2 * y[3];
-    V even_b = y[0] + kB2 * y[2], odd_b = y[1] + kB2 * y[3];
-    m[0] = y[0];
-    m[1] = even_a + kA * odd_a;
-    m[2] = even_a - kA * odd_a;
-    m[3] = even_b + kB * odd_b;
-    m[4] = even_b - kB * odd_b;
-    m[5] = y[3];
-  }
-};
+  // The values of a polynomial with N coefficients at the points: A, and G, which is scaled.
+  template <int N, bool scaled> struct ToPoints {
+    static constexpr int in = N, out = tile;
+    template <class V> CONVKIT_INLINE static void apply(const V* c, V* v) {
+      v[0] = m.zero[scaled] * c[0], v[tile - 1] = c[N - 1];
+      CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) {
+        V even = m.powers[scaled][k][0] * c[0], odd = m.powers[scaled][k][1] * c[1];
+        CONVKIT_UNROLL for (int i = 2; i < N; ++i) (i % 2 == 0 ? even : odd) += m.powers[scaled][k][i] * c[i];
+        v[1 + 2 * k] = even + odd;
+        v[2 + 2 * k] = even - odd;
+      }
+    }
+  };
 
-struct WeightGradTransform {  // G': 6 -> 3
-  static constexpr int in = kTileIn, out = kFilter;
-  template <class V> CONVKIT_INLINE static void apply(const V* u, V* g) {
-    V sum_a = u[1] + u[2], sum_b = u[3] + u[4];
-    g[0] = kG0 * u[0] + (kGa * sum_a + kGb * sum_b);
-    g[1] = kGa * kA * (u[1] - u[2]) + kGb * kB * (u[3] - u[4]);
-    g[2] = u[5] + (kGa * kA2 * sum_a + kGb * kB2 * sum_b);
-  }
+  // Their transposes: A', and G', which is scaled.
+  template <int N, bool scaled> struct FromPoints {
+    static constexpr int in = tile, out = N;
+    template <class V> CONVKIT_INLINE static void apply(const V* v, V* c) {
+      V sum[pairs], difference[pairs];
+      CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) sum[k] = v[1 + 2 * k] + v[2 + 2 * k], difference[k] = v[1 + 2 * k] - v[2 + 2 * k];
+      CONVKIT_UNROLL for (int i = 0; i < N; ++i) {
+        c[i] = m.powers[scaled][0][i] * (i % 2 == 0 ? sum : difference)[0];
+        CONVKIT_UNROLL for (int k = 1; k < pairs; ++k) c[i] += m.powers[scaled][k][i] * (i % 2 == 0 ? sum : difference)[k];
+      }
+      c[0] += m.zero[scaled] * v[0];
+      c[N - 1] += v[tile - 1];
+    }
+  };
+
+  using Filter = ToPoints<R, true>;
+  using Grad = ToPoints<kTileOut, false>;
+  using Output = FromPoints<kTileOut, false>;
+  using WeightGrad = FromPoints<R, true>;
 };
 
 // Both dimensions: load(i, j) gives a value of the tile as it comes, store(i, j, value) takes one of the result. Columns
