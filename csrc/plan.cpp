@@ -319,7 +319,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 }
 
 bool is_winograd_problem(const ConvProblem& a) {
-  return a.dtype == DType::f32 && a.groups == 1 && (a.r == 3 || a.r == 5) && a.s == a.r && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
+  return a.dtype != DType::f64 && a.groups == 1 && (a.r == 3 || a.r == 5) && a.s == a.r && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
          a.dilation_w == 1;
 }
 
@@ -337,10 +337,10 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
 
   int64_t filter_block = positions * kWinogradPanel * 4, group = positions * rows * kWinogradWidth * 4;
   // A row of tiles of the source, or of the output, as channels-last pixels.
-  bool nchw = a.layout == Layout::nchw;
+  bool nchw = a.layout == Layout::nchw, whole_lines = f.vector_bytes == 64 && a.dtype == DType::f32;
   int64_t strip = !nchw ? 0 : std::max(extent * std::min(b.src_w, 4 * b.tiles_w + a.s - 1), 4 * b.dst_w) * kWinogradWidth * 4;
   if (pass == Pass::weight_grad) {
-    b.streaming = f.vector_bytes == 64 && streams(a.k * a.c * a.r * a.s * 4, f);
+    b.streaming = whole_lines && streams(a.k * a.c * a.r * a.s * 4, f);
     b.tiles_at_once = kWinogradTiles;
     // Enough tasks for a fair number of threads, but never a number that depends on them.
     int64_t blocks = b.depth_blocks * b.column_blocks;
@@ -348,7 +348,7 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
     b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
     b.scratch_bytes = 2 * positions * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
   } else {
-    b.streaming = !nchw && f.vector_bytes == 64 && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    b.streaming = !nchw && whole_lines && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
     int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
     // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
     int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);

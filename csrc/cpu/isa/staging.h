@@ -83,6 +83,7 @@ CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int6
                                  int64_t channel, int64_t channels, compute_t<S>* to, int64_t pixel_stride) {
   if (layout == Layout::nchw) return transpose_block(image + channel * hw + first, hw, to, pixel_stride, channels, pixels);
   const S* from = image + first * c + channel;
+  if (channels == c && pixel_stride == c) return copy_values(from, to, pixels * c);
   for (int64_t i = 0; i < pixels; ++i, from += c, to += pixel_stride) copy_values(from, to, channels);
 }
 
@@ -92,6 +93,7 @@ CONVKIT_INLINE void unstage_pixels(const compute_t<S>* from, int64_t pixel_strid
                                    int64_t first, int64_t pixels, int64_t channel, int64_t channels, Finish finish = {}) {
   if (layout == Layout::nchw) return transpose_block(from, pixel_stride, image + channel * hw + first, hw, pixels, channels, false, finish);
   S* to = image + first * c + channel;
+  if (channels == c && pixel_stride == c) return copy_values(from, to, pixels * c, finish);
   for (int64_t i = 0; i < pixels; ++i, from += pixel_stride, to += c) copy_values(from, to, channels, finish);
 }
 

@@ -178,47 +178,59 @@ template <class T> CONVKIT_INLINE const T* held(const T* p) {
 typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2), may_alias));
 typedef uint32_t word_bits __attribute__((vector_size(kVectorBytes), may_alias));
 
-CONVKIT_INLINE vec<float> load(const bf16* p) {
-  half_bits h;
-  std::memcpy(&h, p, sizeof h);
-  return (vec<float>)(__builtin_convertvector(h, word_bits) << 16);
-}
-CONVKIT_INLINE void store(bf16* p, vec<float> v) {
-  word_bits u = (word_bits)v;
-  word_bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  rounded = v != v ? word_bits{} + 0x7fc0 : rounded;
-  half_bits h = __builtin_convertvector(rounded, half_bits);
-  std::memcpy(p, &h, sizeof h);
-}
-
-CONVKIT_INLINE vec<float> load(const f16* p) {
+template <class S> CONVKIT_INLINE vec<float> widen(half_bits h) {
+  if constexpr (std::is_same_v<S, bf16>) return (vec<float>)(__builtin_convertvector(h, word_bits) << 16);
 #if defined(__AVX512F__)
-  return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  else return (vec<float>)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
-  return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  else return (vec<float>)_mm256_cvtph_ps((__m128i)h);
 #elif defined(__aarch64__)
-  return (vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+  else return (vec<float>)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h));
 #else
   vec<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = get(p + i);
+  for (int i = 0; i < kLanes<float>; ++i) {
+    f16 value{h[i]};
+    v[i] = get(&value);
+  }
   return v;
 #endif
 }
-CONVKIT_INLINE void store(f16* p, vec<float> v) {
+template <class S> CONVKIT_INLINE half_bits narrow(vec<float> v) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    word_bits u = (word_bits)v;
+    word_bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v != v ? word_bits{} + 0x7fc0 : rounded, half_bits);
+  }
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  else return (half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  else return (half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__aarch64__)
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+  else return (half_bits)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) put(p + i, v[i]);
+  half_bits h;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    f16 value;
+    put(&value, v[i]);
+    h[i] = value.bits;
+  }
+  return h;
 #endif
+}
+template <class S> requires(sizeof(S) == 2) CONVKIT_INLINE vec<float> load(const S* p) {
+  half_bits h;
+  std::memcpy(&h, p, sizeof h);
+  return widen<S>(h);
+}
+template <class S> requires(sizeof(S) == 2) CONVKIT_INLINE void store(S* p, vec<float> v) {
+  half_bits h = narrow<S>(v);
+  std::memcpy(p, &h, sizeof h);
 }
 
 // The first n lanes (0 < n <= lanes); the other lanes are zero on load and left alone on store.
 template <class S> CONVKIT_INLINE vec<compute_t<S>> load_n(const S* p, int n) {
 #if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) return widen<S>((half_bits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
   if constexpr (sizeof(S) == 4) return (vec<compute_t<S>>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
   if constexpr (sizeof(S) == 8) return (vec<compute_t<S>>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 #endif
@@ -228,6 +240,7 @@ template <class S> CONVKIT_INLINE vec<compute_t<S>> load_n(const S* p, int n) {
 }
 template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n) {
 #if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow<S>(v));
   if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
   if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 #endif

@@ -15,7 +15,6 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 namespace {
 
-using S = float;  // the stored type
 using V = vec<float>;
 constexpr int L = kLanes<float>;
 constexpr int kWidth = kWinogradWidth;
@@ -81,10 +80,16 @@ CONVKIT_INLINE Range part(int64_t total, int64_t parts, int64_t i) { return {tot
 // Channels or filters of a block.
 CONVKIT_INLINE Range block_of(int64_t total, int64_t i) { return {i * kWidth, min_of(total, (i + 1) * kWidth)}; }
 
-CONVKIT_INLINE V load_up_to(const float* p, int64_t n) { return n >= L ? load(p) : load_n(p, int(n)); }
+template <class S> CONVKIT_INLINE V load_up_to(const S* p, int64_t n) { return n >= L ? load(p) : load_n(p, int(n)); }
+
+// Of up to a vector of channels, as bias_of gives it.
+template <class S> CONVKIT_INLINE V biases_up_to(const ConvArgs& a, int64_t channel, int64_t n) {
+  if (a.scale != nullptr) return load_up_to(static_cast<const float*>(a.bias) + channel, n);
+  return load_up_to(static_cast<const S*>(a.bias) + channel, n);
+}
 
 // A tensor whose pixels are cut into tiles of `extent` pixels whose first is at (4 * ty - top, 4 * tx - left).
-struct Pixels {
+template <class S> struct Pixels {
   const S* data;
   int64_t h, w, c;
   Layout layout;
@@ -92,7 +97,7 @@ struct Pixels {
 };
 
 // For filters of kFilter x kFilter taps.
-template <int kFilter> struct Tiles {
+template <class S, int kFilter> struct Tiles {
   using Transforms = Winograd<kFilter>;
   static constexpr int kTileIn = Transforms::tile, kPositions = kTileIn * kTileIn, kTaps = kFilter * kFilter;
   const ConvArgs& a;
@@ -119,43 +124,42 @@ template <int kFilter> struct Tiles {
   // The transforms of `tiles` and channels [channel, channel + channels): position x of tile t goes to
   // to(t) + x * step. Strip: where contiguous pixels are turned into channels-last ones, a row of tiles at a time.
   template <class Transform, class To>
-  CONVKIT_INLINE void transform_pixels(const Pixels& from, Range tiles, int64_t channel, int64_t channels, float* strip, int64_t step, To&& to) const {
+  CONVKIT_INLINE void transform_pixels(const Pixels<S>& from, Range tiles, int64_t channel, int64_t channels, float* strip, int64_t step, To&& to) const {
     constexpr int E = Transform::in;
-    static const float zeros[kWidth] = {};
     rows_of(tiles, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut - from.top, x0 = tx0 * kTileOut - from.left;
       int64_t x_first = max_of<int64_t>(0, x0), x_last = min_of(from.w, x0 + (tx1 - tx0 - 1) * kTileOut + E);
       int64_t y_first = max_of<int64_t>(0, y0), y_last = min_of(from.h, y0 + E);
-      const S* base = from.data + image * from.h * from.w * from.c + channel;
-      int64_t pixel = from.c, row = from.w * from.c;
-      if (from.layout == Layout::nchw) {
-        // Rows that are whole are one run of pixels.
-        int64_t across = max_of<int64_t>(0, x_last - x_first), down = max_of<int64_t>(0, y_last - y_first);
-        bool whole = across == from.w;
-        const S* plane = from.data + (image * from.c + channel) * from.h * from.w + y_first * from.w + x_first;
-        for (int64_t y = 0; y < (whole && down > 0 ? 1 : down); ++y)
-          transpose_block(plane + y * from.w, from.h * from.w, strip + y * across * kWidth, kWidth, channels, whole ? down * across : across);
-        base = strip, pixel = kWidth, row = across * kWidth;
-      } else {
-        base += y_first * row + x_first * pixel;
-      }
-      for (int64_t tx = tx0; tx < tx1; ++tx, ++tile) {
-        const S* pixels[E][E];
-        for (int i = 0; i < E; ++i)
-          for (int j = 0; j < E; ++j) {
-            int64_t y = y0 + i, x = x0 + (tx - tx0) * kTileOut + j;
-            bool inside = y >= 0 && y < from.h && x >= 0 && x < from.w;
-            pixels[i][j] = inside ? base + (y - y_first) * row + (x - x_first) * pixel : zeros;
-          }
-        float* target = to(tile);
-        int64_t v = 0;
-        for (; v + L <= channels; v += L)
-          transform_tile<Transform>([&](int i, int j) { return load(pixels[i][j] + v); },
-                                    [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
-        if (v < channels)
-          transform_tile<Transform>([&](int i, int j) { return load_n(pixels[i][j] + v, int(channels - v)); },
-                                    [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
-      }
+      // Base: pixel (y_first, x_first) of what is stored, or of the strip.
+      auto transform_row = [&]<class P>(const P* base, int64_t pixel, int64_t row) {
+        static const P zeros[kWidth] = {};
+        for (int64_t tx = tx0; tx < tx1; ++tx, ++tile) {
+          const P* pixels[E][E];
+          for (int i = 0; i < E; ++i)
+            for (int j = 0; j < E; ++j) {
+              int64_t y = y0 + i, x = x0 + (tx - tx0) * kTileOut + j;
+              bool inside = y >= 0 && y < from.h && x >= 0 && x < from.w;
+              pixels[i][j] = inside ? base + (y - y_first) * row + (x - x_first) * pixel : zeros;
+            }
+          float* target = to(tile);
+          int64_t v = 0;
+          for (; v + L <= channels; v += L)
+            transform_tile<Transform>([&](int i, int j) { return load(pixels[i][j] + v); },
+                                      [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
+          if (v < channels)
+            transform_tile<Transform>([&](int i, int j) { return load_n(pixels[i][j] + v, int(channels - v)); },
+                                      [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
+        }
+      };
+      const S* data = from.data + image * from.h * from.w * from.c;
+      if (from.layout == Layout::nhwc) return transform_row(data + (y_first * from.w + x_first) * from.c + channel, from.c, from.w * from.c);
+      // Rows that are whole are one run of pixels.
+      int64_t across = max_of<int64_t>(0, x_last - x_first), down = max_of<int64_t>(0, y_last - y_first);
+      bool whole = across == from.w;
+      const S* plane = data + (channel * from.h + y_first) * from.w + x_first;
+      for (int64_t y = 0; y < (whole && down > 0 ? 1 : down); ++y)
+        transpose_block(plane + y * from.w, from.h * from.w, strip + y * across * kWidth, kWidth, channels, whole ? down * across : across);
+      transform_row(static_cast<const float*>(strip), kWidth, across * kWidth);
     });
   }
 
@@ -190,18 +194,19 @@ template <int kFilter> struct Tiles {
           for (int64_t i = 0; i < deep; ++i)
             for (int t = 0; t < kTaps; ++t)
               for (int64_t j = 0; j < wide; ++j)
-                taps[i][t][j] = from[i * depth_stride + t / kFilter * st.r + t % kFilter * st.s + j * column_stride];
+                taps[i][t][j] = get(from + i * depth_stride + t / kFilter * st.r + t % kFilter * st.s + j * column_stride);
         }
         for (int64_t i = 0; i < deep; ++i) {
           float* target = to + (d + i) * kWidth + (first - columns.begin);
           auto keep = [&](int y, int x, V value) { store(target + (y * kTileIn + x) * kPanel, value); };
-          const S* tap = from + i * depth_stride;
-          int64_t row = st.r, column = st.s;
-          if (!direct) tap = taps[i][0], row = kFilter * L, column = L;
-          if (plan.input_grad) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
-          int n = int(wide);
-          if (wide == L) transform_tile<typename Transforms::Filter>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
-          else transform_tile<typename Transforms::Filter>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
+          auto transform = [&](const auto* tap, int64_t row, int64_t column) {
+            if (plan.input_grad) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
+            int n = int(wide);
+            if (wide == L) transform_tile<typename Transforms::Filter>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
+            else transform_tile<typename Transforms::Filter>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
+          };
+          if (direct) transform(from + i * depth_stride, st.r, st.s);
+          else transform(taps[i][0], kFilter * L, L);
         }
       }
     }
@@ -213,7 +218,7 @@ template <int kFilter> struct Tiles {
   static constexpr int64_t kGroupBlock = kPositions * kProductRows * kWidth;
 
   // Groups of `groups`, one block of depth -> to[group][position][tile][channel].
-  void transform_source(const Pixels& src, Range groups, int64_t depth_block, float* to, float* strip) const {
+  void transform_source(const Pixels<S>& src, Range groups, int64_t depth_block, float* to, float* strip) const {
     Range depth = block_of(plan.src_c, depth_block);
     transform_pixels<typename Transforms::Source>(
         src, {group(groups.begin).begin, group(groups.end - 1).end}, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
@@ -241,73 +246,77 @@ template <int kFilter> struct Tiles {
   void transform_output(const float* sums, Range groups, int64_t column_block, float* strip) const {
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w;
-    const float* bias = a.bias == nullptr ? nullptr : static_cast<const S*>(a.bias) + columns.begin;
-    const float* scale = a.scale == nullptr ? nullptr : static_cast<const S*>(a.scale) + columns.begin;
+    const float* scale = a.scale == nullptr ? nullptr : static_cast<const float*>(a.scale) + columns.begin;
     bool nchw = p.layout == Layout::nchw;
     // Contiguous pixels meet the residual, and then ReLU, on their way from the strip.
-    bool residual_here = a.residual != nullptr && !nchw, relu_here = a.relu && !(a.residual != nullptr && nchw);
+    const S* residual = nchw ? nullptr : static_cast<const S*>(a.residual);
+    bool relu_here = a.relu && !(nchw && a.residual != nullptr);
     rows_of({group(groups.begin).begin, group(groups.end - 1).end}, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut, x0 = tx0 * kTileOut, down = min_of<int64_t>(kTileOut, h - y0), across = min_of(tx1 * kTileOut, w) - x0;
-      S* out = static_cast<S*>(a.dst);
-      S* base = nchw ? strip : out + ((image * h + y0) * w + x0) * plan.dst_c + columns.begin;
-      int64_t pixel = nchw ? kWidth : plan.dst_c, row = pixel * (nchw ? across : w);
-      for (int64_t tx = tx0; tx < tx1; ++tx, ++tile, base += kTileOut * pixel) {
-        int64_t g = group_of(tile), right = min_of<int64_t>(kTileOut, w - tx * kTileOut);
-        const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
-        bool whole = down == kTileOut && right == kTileOut;
-        for (int64_t v = 0; v < channels; v += L) {
-          int64_t lanes = min_of<int64_t>(L, channels - v);
-          V y[kTileOut][kTileOut];
-          transform_tile<typename Transforms::Output>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
-                                          [&](int i, int j, V value) { y[i][j] = value; });
-          if (scale != nullptr) {
-            V factor = load_up_to(scale + v, lanes);
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] *= factor;
-          }
-          if (bias != nullptr) {
-            V add = load_up_to(bias + v, lanes);
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] += add;
-          }
-          if (residual_here) {
-            const S* from = static_cast<const S*>(a.residual) + (base - out) + v;
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j)
-                if (i < down && j < right) y[i][j] += load_up_to(from + i * row + j * pixel, lanes);
-          }
-          if (relu_here)
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
-          if (whole && streaming) {
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) stream(base + i * row + j * pixel + v, y[i][j]);
-          } else if (whole && lanes == L) {
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) store(base + i * row + j * pixel + v, y[i][j]);
-          } else {
-            CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-              CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) {
-                if (i >= down || j >= right) continue;
-                if (lanes == L) store(base + i * row + j * pixel + v, y[i][j]);
-                else store_n(base + i * row + j * pixel + v, y[i][j], int(lanes));
+      int64_t first = ((image * h + y0) * w + x0) * plan.dst_c + columns.begin;  // of the tensor, if pixels lie together
+      // Base: where the row's first output goes, in the tensor or in the strip.
+      auto transform_row = [&]<class P>(P* base, int64_t pixel, int64_t row) {
+        for (int64_t tx = tx0, at = first; tx < tx1; ++tx, ++tile, base += kTileOut * pixel, at += kTileOut * pixel) {
+          int64_t g = group_of(tile), right = min_of<int64_t>(kTileOut, w - tx * kTileOut);
+          const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
+          bool whole = down == kTileOut && right == kTileOut;
+          for (int64_t v = 0; v < channels; v += L) {
+            int64_t lanes = min_of<int64_t>(L, channels - v);
+            V y[kTileOut][kTileOut];
+            transform_tile<typename Transforms::Output>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
+                                                        [&](int i, int j, V value) { y[i][j] = value; });
+            if (scale != nullptr) {
+              V factor = load_up_to(scale + v, lanes);
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] *= factor;
+            }
+            if (a.bias != nullptr) {
+              V add = biases_up_to<S>(a, columns.begin + v, lanes);
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] += add;
+            }
+            if (residual != nullptr)
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j)
+                  if (i < down && j < right) y[i][j] += load_up_to(residual + at + i * row + j * pixel + v, lanes);
+            if (relu_here)
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
+            if constexpr (sizeof(P) == sizeof(float))
+              if (whole && streaming) {
+                CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                  CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) stream(base + i * row + j * pixel + v, y[i][j]);
+                continue;
               }
+            if (whole && lanes == L) {
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) store(base + i * row + j * pixel + v, y[i][j]);
+            } else {
+              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
+                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) {
+                  if (i >= down || j >= right) continue;
+                  if (lanes == L) store(base + i * row + j * pixel + v, y[i][j]);
+                  else store_n(base + i * row + j * pixel + v, y[i][j], int(lanes));
+                }
+            }
           }
         }
-      }
-      if (!nchw) return;
-      S* plane = out + (image * plan.dst_c + columns.begin) * h * w + y0 * w + x0;
+      };
+      S* out = static_cast<S*>(a.dst) + image * h * w * plan.dst_c;
+      if (p.layout == Layout::nhwc) return transform_row(out + (y0 * w + x0) * plan.dst_c + columns.begin, plan.dst_c, w * plan.dst_c);
+      transform_row(strip, kWidth, across * kWidth);
+      S* plane = out + (columns.begin * h + y0) * w + x0;
       bool whole = across == w;
       with_residual<S>(a, [&](auto finish) {
         for (int64_t y = 0; y < (whole ? 1 : down); ++y)
-          transpose_block(strip + y * row, kWidth, plane + y * w, h * w, whole ? down * across : across, channels, false, finish);
+          transpose_block(strip + y * across * kWidth, kWidth, plane + y * w, h * w, whole ? down * across : across, channels, false, finish);
       });
     });
     if (streaming) fence();
   }
 
   void forward() const {
-    Pixels src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
+    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
     float *filters = at(plan.filters), *source = at(plan.source);
     int64_t filter_blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     if (plan.shared_filters) {
@@ -364,7 +373,7 @@ template <int kFilter> struct Tiles {
   // ---- weight gradient -----------------------------------------------------------------------------------------------
 
   // sums[position][filter][channel] += transformed gradient * transformed input, over the tiles of one split.
-  void sum_products(const Pixels& x, const Pixels& grad, Range tiles, Range filters, Range channels, float* sums, float* local) const {
+  void sum_products(const Pixels<S>& x, const Pixels<S>& grad, Range tiles, Range filters, Range channels, float* sums, float* local) const {
     int64_t step = plan.tiles_at_once * kWidth + 16;  // one line more: see kPanel
     float *source = local, *gradient = source + kPositions * step, *strip = gradient + kPositions * step;
     int64_t pieces = ceil_div(tiles.end - tiles.begin, plan.tiles_at_once), wide = channels.end - channels.begin;
@@ -386,8 +395,12 @@ template <int kFilter> struct Tiles {
   }
 
   void write(S* to, const float* from, int64_t n) const {
-    if (!streaming || !streamable(to) || n % L != 0) return copy_values(from, to, n);
-    for (int64_t i = 0; i < n; i += L) stream(to + i, load(from + i));
+    if constexpr (sizeof(S) == sizeof(float))
+      if (streaming && streamable(to) && n % L == 0) {
+        for (int64_t i = 0; i < n; i += L) stream(to + i, load(from + i));
+        return;
+      }
+    copy_values(from, to, n);
   }
 
   // The sums of all splits in order, for a row of filters -> taps.
@@ -415,14 +428,14 @@ template <int kFilter> struct Tiles {
         write(to, line, lanes * kTaps);
       } else {
         for (int t = 0; t < kTaps; ++t)
-          for (int j = 0; j < lanes; ++j) to[j * st.c + t / kFilter * st.r + t % kFilter * st.s] = taps[t][j];
+          for (int j = 0; j < lanes; ++j) put(to + j * st.c + t / kFilter * st.r + t % kFilter * st.s, taps[t][j]);
       }
     }
   }
 
   void weight_grad() const {
-    Pixels x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
-    Pixels grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, plan.dst_c, p.layout, 0, 0};
+    Pixels<S> x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
+    Pixels<S> grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, plan.dst_c, p.layout, 0, 0};
     int64_t blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     auto filters_of = [&](int64_t i) { return block_of(plan.dst_c, i / plan.depth_blocks); };
     auto channels_of = [&](int64_t i) { return block_of(plan.src_c, i % plan.depth_blocks); };
@@ -454,9 +467,13 @@ template <int kFilter> struct Tiles {
 }  // namespace
 
 void winograd(const ConvArgs& a, Pass pass, const Pool& pool) {
-  auto run = [&](auto tiles) { pass == Pass::weight_grad ? tiles.weight_grad() : tiles.forward(); };
-  if (a.problem.r == 3) run(Tiles<3>(a, pool));
-  else run(Tiles<5>(a, pool));
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) {
+    if constexpr (sizeof(compute_t<S>) == sizeof(float)) {
+      auto run = [&](auto tiles) { pass == Pass::weight_grad ? tiles.weight_grad() : tiles.forward(); };
+      if (a.problem.r == 3) run(Tiles<S, 3>(a, pool));
+      else run(Tiles<S, 5>(a, pool));
+    }
+  });
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA
