@@ -33,6 +33,8 @@ constexpr int64_t kOuterSumsBytes = 4 << 20;
 constexpr int64_t kDepthwiseBytes = 512 << 10;
 // What a strip of a depthwise task may take of the first-level cache.
 constexpr int64_t kDepthwiseStripBytes = 24 << 10;
+// Sums of a depthwise weight gradient that are read and written again and again.
+constexpr int64_t kDepthwiseSumsBytes = 16 << 10;
 // Source and outputs of a depthwise task on a small contiguous image: they stay in the first-level cache.
 constexpr int64_t kDepthwisePlanesBytes = 32 << 10;
 // Contiguous images up to this width are copied without padding: a run of whole vectors is worth more than rows without edges.
@@ -282,6 +284,8 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   bool planes = b.stage && a.layout == Layout::nchw;
   // The work of preparing a row is shared by the channels.
   while (planes && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
+  // The weight gradient goes through rows with all channels whose sums stay in the first-level cache.
+  if (pass == Pass::weight_grad && !b.stage) b.channel_block = std::max<int64_t>(lanes, kDepthwiseSumsBytes / (a.r * a.s * element) / lanes * lanes);
   b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
   int64_t block_bytes = b.channel_block * element;
   b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
@@ -305,7 +309,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
   b.rows_per_task = rows;
   while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
-    b.rows_per_task = ceil_div(b.rows_per_task, 2);
+    b.rows_per_task = b.rows_per_task > 2 ? ceil_div(b.rows_per_task, 4) * 2 : 1;  // the weight gradient takes two at a time
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
   b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + (planes ? 2 : 1) * b.rows_per_task * row_bytes, 64) * 64 : 0;
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
@@ -464,9 +468,8 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::depthwise: {
       const DepthwisePlan& b = plan.depthwise;
-      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, strips of " +
-             num(b.strip);
-      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, " +
+             (pass == Pass::weight_grad ? num(b.splits) + " splits" : "strips of " + num(b.strip));
       if (b.stage) out += ", staged";
       if (b.stream) out += ", streamed";
       break;

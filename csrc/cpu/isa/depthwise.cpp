@@ -1,7 +1,8 @@
 // Depthwise convolution, one filter a channel: forward, input gradient, weight gradient.
 //
 // A task takes an image, a block of channels and a block of rows, and goes over it in strips of columns so narrow that
-// the source rows under a filter stay in the first-level cache from one row of outputs to the next. Channels-last float32
+// the source rows under a filter stay in the first-level cache from one row of outputs to the next. The weight gradient
+// writes nothing that needs the caches' room, and takes whole rows, in the order of memory. Channels-last float32
 // and float64 images are read and written where they are; everything else (contiguous layout, 16-bit types) goes through a
 // channels-last copy of just the task's part, while the next task's is on its way from memory. Small contiguous images
 // are copied as they are, all pixels in one run, larger ones row by row with the padding.
@@ -34,9 +35,6 @@ template <class S> struct Depthwise {
   // Contiguous rows of outputs are whole lines, or the images of a block's channels together are, through one more copy.
   bool streamed_planes = aligned && !direct && dst_h * dst_w % L == 0 && plan.rows_per_task * dst_w % L == 0;
   bool streamed_block = aligned && !direct && !streamed_planes && plan.rows_per_task == dst_h && p.c * dst_h * dst_w % L == 0;
-
-  // Rows of the weight gradient at once: a short chain of sums, and rows that stay in the second-level cache for all channels of the block.
-  static constexpr int64_t kGradRun = 4;
 
   Depthwise(const ConvArgs& args, const Pool& threads, bool backwards) : a(args), pool(threads), input_grad(backwards) {}
 
@@ -246,9 +244,9 @@ template <class S> struct Depthwise {
             stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, staged_grad, grad_pixel);
             part_grad = staged_grad;
             if (unit + 1 < units * (split + 1) / plan.splits) {
-              int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(channels, L);
-              coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns * ceil_div(last - first, kGradRun));
-              coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns * ceil_div(last - first, kGradRun));
+              int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(last - first, 2);
+              coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns);
+              coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
             }
           }
           accumulate(part, part_grad, grad_pixel, first, last, channels, sums, coming_x, coming_grad);
@@ -273,26 +271,33 @@ template <class S> struct Depthwise {
   void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
                   Ahead& coming_x, Ahead& coming_grad) const {
     DepthwiseGrad<T> run;
-    run.grad_row = p.q * grad_pixel, run.grad_pixel = grad_pixel;
-    run.row = src.row, run.pixel = src.pixel;
-    run.stride_h = p.stride_h, run.stride_w = p.stride_w, run.dilation_h = p.dilation_h, run.dilation_w = p.dilation_w;
-    run.filter_h = p.r, run.filter_w = p.s;
-    run.origin_w = -p.pad_left - src.first_column;
-    run.rows = src.rows, run.columns = src.columns;
-    run.grad_ahead = plan.stage ? 0 : kGradRun * run.grad_row, run.ahead = plan.stage ? 0 : kGradRun * p.stride_h * src.row;
-    for (int64_t i = first; i < last; i += kGradRun) {
-      run.origin_h = i * p.stride_h - p.pad_top - src.first_row;
-      run.first_row = 0, run.last_row = min_of(kGradRun, last - i);
-      for (int64_t strip = 0; strip < p.q; strip += plan.strip) {
-        run.first = strip, run.last = min_of(p.q, strip + plan.strip);
-        for (int64_t v = 0; v < channels; v += L) {
-          run.grad = grad + (i - first) * run.grad_row + v;
-          run.x = src.at + run.origin_h * src.row + run.origin_w * src.pixel + v;
-          run.lanes = int(min_of<int64_t>(L, channels - v));
-          run.sums = sums + v / L * filter;
-          depthwise_grad_dispatch(run);
-          coming_x.some(), coming_grad.some();
+    run.taps = p.s, run.sums_vector = filter;
+    run.tap_pixels = p.dilation_w, run.output_pixels = p.stride_w;
+    run.pixel = src.pixel, run.row = src.row;
+    run.origin = -p.pad_left - src.first_column, run.columns = src.columns;
+    run.outputs = p.q, run.channels = channels;
+    run.grad_pixel = grad_pixel;
+    for (int64_t i = first; i < last; i += 2) {
+      coming_x.some(), coming_grad.some();
+      run.grad = grad + (i - first) * p.q * grad_pixel;
+      run.grad_row = i + 1 < last ? p.q * grad_pixel : 0;
+      int64_t y = i * p.stride_h - p.pad_top - src.first_row;  // of tap 0 of the first row
+      int64_t taps[2] = {0, i + 1 < last ? 0 : p.r};           // the next of each row of outputs
+      while (taps[0] < p.r || taps[1] < p.r) {
+        run.line_count = 0;
+        while (run.line_count < 2 * kMaxDepthwiseRows && (taps[0] < p.r || taps[1] < p.r)) {
+          int64_t rows[2];
+          for (int o = 0; o < 2; ++o) rows[o] = taps[o] < p.r ? y + o * p.stride_h + taps[o] * p.dilation_h : INT64_MAX;
+          int64_t row = min_of(rows[0], rows[1]);
+          auto& line = run.lines[run.line_count];
+          line.source = src.at + row * src.row + run.origin * src.pixel;
+          for (int o = 0; o < 2; ++o) line.sums[o] = rows[o] == row ? sums + taps[o]++ * p.s * L : nullptr;
+          run.line_count += row >= 0 && row < src.rows;
         }
+        if (run.line_count == 0) continue;
+        // What the next two rows of outputs add, which may be the next image's.
+        run.ahead = src.row, run.ahead_rows = plan.stage ? 0 : int(2 * p.stride_h);
+        depthwise_grad_dispatch(run);
       }
     }
   }
