@@ -152,10 +152,11 @@ def _chain() -> Claim:
     return Claim("cifar-chain", text, "TMLSS 2018, vision tutorial", arms, check, seeds=1, quick=False)
 
 
-def _resnet20() -> Claim:
-    arms = {"ResNet-20": _arm("resnet20", "resnet20-cifar10-quick", claimed=8.75)}
-    text = "ResNet-20 reaches 90 % on CIFAR-10"
-    return Claim("resnet20", text, "He et al., 2015", arms, reaches({"ResNet-20": 10}), seeds=1, quick=False)
+def _wide_resnet() -> Claim:
+    arms = {"wide shrunk ResNet": _arm("wide-resnet", "wide-resnet-cifar10")}
+    text = "A small ResNet reaches 90 % on CIFAR-10, on two cores within an hour"
+    check = reaches({"wide shrunk ResNet": 10})
+    return Claim("wide-resnet", text, "a mark to beat", arms, check, seeds=1, quick=False)
 
 
 CLAIMS: dict[str, Claim] = {
@@ -166,7 +167,7 @@ CLAIMS: dict[str, Claim] = {
         _transfer(),
         _distillation(),
         _mnist(),
-        _resnet20(),
+        _wide_resnet(),
         _chain(),
     )
 }
