@@ -105,12 +105,12 @@ template <class S, class I, int V, bool last> __global__ void __launch_bounds__(
     Place at = place_of<V, last>(k, i);
     T largest[V];
     Taps<I, V> taps;
+#pragma unroll
+    for (int v = 0; v < V; ++v) largest[v] = -std::numeric_limits<T>::infinity(), taps.of[v] = I(-1);
     // The first of equals, and the last NaN, as in PyTorch; if nothing is above -inf, the first tap in the image.
     auto meet = [&](int v, T x, int32_t tap) {
       if (x > largest[v] || x != x || taps.of[v] == I(-1)) largest[v] = x, taps.of[v] = I(tap);
     };
-#pragma unroll
-    for (int v = 0; v < V; ++v) largest[v] = -std::numeric_limits<T>::infinity(), taps.of[v] = I(-1);
     if (last) {
       const S* image = static_cast<const S*>(k.a.src) + at.plane * p.h * p.w * p.c + at.channel;
       each_tap(p, at.y, at.x, [&](int32_t tap, int64_t pixel) {
