@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
+from convkit.bench.timing import heap_kept
 from convkit.lab import LabError
 from convkit.lab.augment import parse as parse_augment
 from convkit.lab.data import Data, Split, epoch_order
@@ -202,6 +203,8 @@ def fit(
         console = Console(quiet=bool(rank))
 
     with contextlib.ExitStack() as stack:
+        if training.device.type == "cpu":
+            stack.enter_context(heap_kept())
         log = stack.enter_context(Log(run.folder / "log.txt", console) if rank == 0 else contextlib.nullcontext())
         display = _Silent()
         if rank == 0:
