@@ -95,8 +95,27 @@ def _random(
     return values.to(device=device, dtype=DTYPES[dtype]).to(memory_format=LAYOUTS[layout])
 
 
+class _Problem:
+    """What every problem offers beside its sizes; a frozen dataclass with these two and more."""
+
+    dtype: str
+    layout: str
+
+    def replace(self, **changes: object) -> Self:
+        """The same problem with other values for some fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return LAYOUTS[self.layout]
+
+
 @dataclass(frozen=True)
-class ConvProblem:
+class ConvProblem(_Problem):
     """A convolution x (n, c, h, w) * weight (k, c / groups, r, s) -> y (n, k, P, Q), immutable and hashable.
 
     stride and dilation are (height, width), padding is (top, bottom, left, right). `str()` gives the text form and
@@ -168,10 +187,6 @@ class ConvProblem:
         options = _joined("u", self.stride) + _joined("p", padding) + _joined("d", self.dilation)
         return f"{sizes}{options}g{self.groups}_{self.dtype}_{self.layout}"
 
-    def replace(self, **changes: object) -> Self:
-        """The same problem with other values for some fields, as `problem.replace(dtype="bf16", layout="nhwc")`."""
-        return dataclasses.replace(self, **changes)
-
     @property
     def _padded(self) -> tuple[int, int]:
         return self.h + self.padding[0] + self.padding[1], self.w + self.padding[2] + self.padding[3]
@@ -196,14 +211,6 @@ class ConvProblem:
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         return self.n, self.k, *self.output_size
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
 
     @property
     def is_depthwise(self) -> bool:
@@ -257,7 +264,7 @@ class ConvProblem:
 
 
 @dataclass(frozen=True)
-class MaxPoolProblem:
+class MaxPoolProblem(_Problem):
     """Max pooling of x (n, c, h, w) by windows of r x s pixels -> y (n, c, P, Q), as PyTorch's max_pool2d.
 
     stride, padding and dilation are (height, width). `str()` gives the text form, ``n8c64h112w112r3s3u2p1d1_f32_nhwc``.
@@ -281,10 +288,6 @@ class MaxPoolProblem:
         options = _joined("u", self.stride) + _joined("p", self.padding) + _joined("d", self.dilation)
         return f"{sizes}{options}_{self.dtype}_{self.layout}{'+ceil' if self.ceil_mode else ''}"
 
-    def replace(self, **changes: object) -> Self:
-        """The same problem with other values for some fields."""
-        return dataclasses.replace(self, **changes)
-
     @property
     def output_size(self) -> tuple[int, int]:
         """(P, Q): height and width of the output."""
@@ -305,14 +308,6 @@ class MaxPoolProblem:
         return self.n, self.c, *self.output_size
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
-
-    @property
     def forward_bytes(self) -> int:
         """Bytes that a pass must move: x (or its gradient), y (or its), and for each of y a byte, which tap it was."""
         p, q = self.output_size
@@ -331,7 +326,7 @@ class MaxPoolProblem:
 
 
 @dataclass(frozen=True)
-class BatchNormProblem:
+class BatchNormProblem(_Problem):
     """Batch norm + ReLU of x (n, c, h, w), with a residual of the same shape added before the ReLU where `residual`.
 
     `str()` gives the text form (``n8c64h56w56_f32_nhwc+res``) and `parse` reads it.
@@ -368,21 +363,9 @@ class BatchNormProblem:
     def __str__(self) -> str:
         return f"n{self.n}c{self.c}h{self.h}w{self.w}_{self.dtype}_{self.layout}{'+res' if self.residual else ''}"
 
-    def replace(self, **changes: object) -> Self:
-        """The same problem with other values for some fields, as `problem.replace(residual=True)`."""
-        return dataclasses.replace(self, **changes)
-
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.n, self.c, self.h, self.w
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return LAYOUTS[self.layout]
 
     @property
     def _pass_bytes(self) -> int:

@@ -212,28 +212,26 @@ template <class Kernel> void launch_pool(const char* name, Kernel kernel, const 
   launch(name, kernel, {grid_of(ceil_div(k.pieces, kThreads)), dim3(kThreads), 0, stream}, k);
 }
 
-}  // namespace
-
-void max_pool(const MaxPoolArgs& a, Stream stream) {
+// Launches the kernel that kernel_of gives for the types, values a piece and layout; the result is of height x width pixels.
+template <class KernelOf> void launch_in_pieces(const char* name, const MaxPoolArgs& a, int64_t height, int64_t width, Stream stream, KernelOf&& kernel_of) {
   with_types(a, [&](auto type, auto taps, auto last) {
-    using S = typename decltype(type)::type;
-    using I = typename decltype(taps)::type;
-    constexpr int V = kVec<S>;
-    int64_t height = a.problem.p, width = a.problem.q;
-    if (in_pieces(a, V, height, width)) launch_pool("max_pool", max_pool_kernel<S, I, V, decltype(last)::value>, a, V, height, width, stream);
-    else launch_pool("max_pool", max_pool_kernel<S, I, 1, decltype(last)::value>, a, 1, height, width, stream);
+    auto of = [&]<int V>(std::integral_constant<int, V> values) { launch_pool(name, kernel_of(type, taps, values, last), a, V, height, width, stream); };
+    constexpr int most = kVec<typename decltype(type)::type>;
+    if (in_pieces(a, most, height, width)) of(std::integral_constant<int, most>{});
+    else of(std::integral_constant<int, 1>{});
   });
 }
 
+}  // namespace
+
+void max_pool(const MaxPoolArgs& a, Stream stream) {
+  launch_in_pieces("max_pool", a, a.problem.p, a.problem.q, stream,
+                   []<class S, class I, int V, bool last>(Tag<S>, Tag<I>, std::integral_constant<int, V>, std::bool_constant<last>) { return max_pool_kernel<S, I, V, last>; });
+}
+
 void max_pool_grad(const MaxPoolArgs& a, Stream stream) {
-  with_types(a, [&](auto type, auto taps, auto last) {
-    using S = typename decltype(type)::type;
-    using I = typename decltype(taps)::type;
-    constexpr int V = kVec<S>;
-    int64_t height = a.problem.h, width = a.problem.w;
-    if (in_pieces(a, V, height, width)) launch_pool("max_pool_grad", max_pool_grad_kernel<S, I, V, decltype(last)::value>, a, V, height, width, stream);
-    else launch_pool("max_pool_grad", max_pool_grad_kernel<S, I, 1, decltype(last)::value>, a, 1, height, width, stream);
-  });
+  launch_in_pieces("max_pool_grad", a, a.problem.h, a.problem.w, stream,
+                   []<class S, class I, int V, bool last>(Tag<S>, Tag<I>, std::integral_constant<int, V>, std::bool_constant<last>) { return max_pool_grad_kernel<S, I, V, last>; });
 }
 
 void max_pool_pick(const MaxPoolArgs& a, Stream stream) {
