@@ -400,6 +400,7 @@ _RESNET_WIDE = _variant(
     _RESNET,
     "wide-resnet-cifar10",
     options={"width": 48, "blocks": (1, 1, 1)},
+    epochs=26,
     learning_rate=0.1,
     source="Zagoruyko and Komodakis, 2016, arXiv:1605.07146: fewer, wider blocks, which a CPU computes faster",
 )
