@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class Pictures:
             num_workers=min(self.workers, len(places) // CHUNK),
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
+            worker_init_fn=_ignore_ctrl_c,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would not be the same
         )
         waiting = torch.empty(0, 3, RESIZE, RESIZE, dtype=torch.uint8, device=self.device)
@@ -109,6 +111,11 @@ class _Decoder:
             return decode(self.pictures.root / self.pictures.names[place])
         except DataError as error:
             return str(error)
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    """A terminal sends the signal to the workers too; this process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list[Tensor | str]) -> Tensor | str:

@@ -19,8 +19,10 @@ import dataclasses
 import importlib.util
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class NonFiniteLoss(LabError):
 
 
 class Interrupted(LabError):
-    """Ctrl-C; the run folder holds everything up to the last step."""
+    """Ctrl-C; the run folder holds everything up to the last checkpoint."""
 
     exit_code = 130
 
@@ -137,10 +139,12 @@ def evaluate(
     *,
     precision: str = "f32",
     shard: tuple[int, int] = (0, 1),
+    each_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """(mean loss, mean score) of the model in evaluation mode; the model's mode is restored.
 
-    ``shard``: (rank, processes), if the pictures are shared out; every process gets the same result.
+    ``shard``: (rank, processes), if the pictures are shared out; every process gets the same result. ``each_batch`` is
+    called after each batch.
     """
     was_training = model.training
     model.eval()
@@ -154,6 +158,7 @@ def evaluate(
                 outcome = objective.evaluate(model, _like(images, model), labels)
             parts = [outcome.loss.item() * outcome.count, outcome.score.item(), outcome.count]
             sums += torch.tensor(parts, dtype=torch.float64)
+        each_batch()
     model.train(was_training)
     loss, score, count = add_up(sums, device).tolist()
     return loss / count, score / count
@@ -232,25 +237,28 @@ def fit(
             return error(message)
 
         try:
-            if not (run.folder / "last.pt").exists():
-                # So that there is a checkpoint from before, whatever happens in the first epoch.
-                save("last.pt", training.state(run.history))
-            while training.epoch < recipe.epochs and not _stopped_early(run):
-                row = training.run_epoch(display, save_seconds, lambda: save("last.pt", training.state(run.history)))
-                history = [*run.history, row]
-                ahead = dataclasses.replace(run, history=history)
-                if ahead.best() is row:
-                    save("best.pt", {"recipe": dataclasses.asdict(recipe), **training.best_state()})
-                save("last.pt", training.state(history))
-                run.history = history  # an epoch counts once last.pt has it, even if Ctrl-C comes in between
-                if rank == 0:
-                    run.save_history()
-                    display.epoch(row)
-                if board is not None:
-                    for name, value in row.items():
-                        split, _, what = name.partition("_")
-                        tag = f"{split}/{what}" if split in ("train", "val") else name
-                        board.add_scalar(tag, value, row["epoch"])
+            with _interruptible() as check:
+                if not (run.folder / "last.pt").exists():
+                    # So that there is a checkpoint from before, whatever happens in the first epoch.
+                    save("last.pt", training.state(run.history))
+                while training.epoch < recipe.epochs and not _stopped_early(run):
+                    row = training.run_epoch(
+                        display, save_seconds, lambda: save("last.pt", training.state(run.history)), check
+                    )
+                    history = [*run.history, row]
+                    ahead = dataclasses.replace(run, history=history)
+                    if ahead.best() is row:
+                        save("best.pt", {"recipe": dataclasses.asdict(recipe), **training.best_state()})
+                    save("last.pt", training.state(history))
+                    run.history = history  # an epoch counts once last.pt has it, whatever happens in between
+                    if rank == 0:
+                        run.save_history()
+                        display.epoch(row)
+                    if board is not None:
+                        for name, value in row.items():
+                            split, _, what = name.partition("_")
+                            tag = f"{split}/{what}" if split in ("train", "val") else name
+                            board.add_scalar(tag, value, row["epoch"])
         except KeyboardInterrupt:
             message = (
                 f"interrupted in epoch {len(run.history) + 1} of {recipe.epochs}; {run.folder} holds the "
@@ -274,6 +282,40 @@ def _stopped_early(run: Run) -> bool:
         return False
     values = [row[f"val_{run.metric}"] for row in run.history]
     return len(values) - 1 - values.index(max(values)) >= run.recipe.patience
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the function that this yields is called, which then raises KeyboardInterrupt.
+
+    Raised wherever it comes in it could be lost, as Python discards what is raised in destructors and in callbacks of
+    weak references. A second Ctrl-C does not wait. Outside of the main thread, or where a program has its own handler
+    of the signal, nothing changes.
+    """
+    waiting = False
+
+    def note(*_: Any) -> None:
+        nonlocal waiting
+        if waiting:
+            raise KeyboardInterrupt
+        waiting = True
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+        check()
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Training:
@@ -361,9 +403,10 @@ class _Training:
 
     # -------------------------------------------------------------------------------------------------------- loop
 
-    def run_epoch(self, display: Any, save_seconds: float, save: Any) -> dict[str, float]:
+    def run_epoch(self, display: Any, save_seconds: float, save: Any, check: Callable[[], None]) -> dict[str, float]:
         """What is left of one pass over ``data.train``, and one over ``data.val``: a row of metrics.csv.
 
+        ``check`` is called after each batch, in a state that can be left.
         Loss and score of training are means over the epoch, taken while the weights move.
         """
         number = self.epoch + 1
@@ -378,6 +421,7 @@ class _Training:
                 self.seconds = before + time.perf_counter() - started
                 save()
                 saved = time.perf_counter()
+            check()
         self._read()
         trained = before + time.perf_counter() - started
         if self.world > 1:  # each has its own running statistics by now; the first one's count, as in every step
@@ -389,6 +433,7 @@ class _Training:
             self.objective,
             precision=self.recipe.precision,
             shard=(self.rank, self.world),
+            each_batch=check,
         )
         step = number * self.batches
         _check_finite(val_loss, "validation loss", step, learning_rate)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -163,6 +164,17 @@ def interrupt(outcome):
     raise KeyboardInterrupt
 
 
+class SignalsWhenDropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def ctrl_c_in_a_destructor(outcome):
+    """Python discards what a destructor raises."""
+    SignalsWhenDropped()
+    return outcome
+
+
 def test_non_finite_loss_stops_and_keeps_the_state_from_before(few, tmp_path):
     message = r"the loss became nan at step 17 with learning rate 0.001; .*last.pt holds the state after epoch 2"
     with pytest.raises(train.NonFiniteLoss, match=message) as error:
@@ -204,16 +216,28 @@ def test_a_learning_rate_that_really_diverges(few, tmp_path):
         fit(few, tmp_path, recipe)
 
 
-def test_interruption_leaves_a_usable_folder(few, tmp_path):
+@pytest.mark.parametrize("how", [interrupt, ctrl_c_in_a_destructor])
+def test_interruption_leaves_a_usable_folder(few, tmp_path, how):
     with pytest.raises(
         train.Interrupted, match="interrupted in epoch 2 of 3; .*tiny-1 holds the 1 whole epochs before it; go on with"
     ) as error:
-        fit(few, tmp_path, objective=Failing(10, interrupt))
+        fit(few, tmp_path, objective=Failing(10, how))
     assert error.value.exit_code == 130
     folder = tmp_path / "tiny-1"
     assert {path.name for path in folder.iterdir()} == FILES
     assert read_json(folder / "result.json")["status"] == "interrupted"
     assert runs.load_checkpoint(folder / "last.pt")["epoch"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait(few, tmp_path):
+    def twice(outcome):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("still going")
+
+    with pytest.raises(train.Interrupted):
+        fit(few, tmp_path, objective=Failing(10, twice))
 
 
 def test_a_terminal_gets_a_bar_and_the_log_its_lines(few, tmp_path):
