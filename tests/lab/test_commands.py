@@ -11,7 +11,7 @@ from convkit.lab import data, experiment, recipes, runs
 
 @pytest.fixture
 def small(monkeypatch, digits5k):
-    monkeypatch.setattr(data, "load", lambda name: digits5k.take(200, 60, 100))
+    monkeypatch.setattr(data, "load", lambda *_: digits5k.take(200, 60, 100))
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_reproduce(convkit, small, claims, tmp_path):
 
 
 def test_reproduce_without_the_data(convkit, claims, monkeypatch):
-    def missing(name):
+    def missing(*_):
         raise data.DataError("not there")
 
     monkeypatch.setattr(data, "load", missing)

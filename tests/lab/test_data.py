@@ -38,6 +38,13 @@ def test_take_is_stratified_and_never_more_than_there_is(digits5k):
     assert rows(few.train) <= rows(digits5k.train)
 
 
+def test_a_smaller_validation_share_is_within_a_larger_one(digits5k):
+    small = data.load("digits5k", validation=0.05)
+    assert (len(small.train), len(small.val)) == (3800, 200)
+    assert rows(small.val) < rows(digits5k.val) and rows(digits5k.train) < rows(small.train)
+    assert torch.equal(small.test.images, digits5k.test.images)
+
+
 def test_stratified_split_of_uneven_classes():
     labels = torch.tensor([0] * 100 + [1] * 10 + [2] * 2)[torch.randperm(112)]
     rest, taken = data.stratified_split(labels, 0.15, seed=1)

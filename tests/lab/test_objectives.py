@@ -18,7 +18,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def small(monkeypatch, digits5k):
     """experiment.prepare finds few digits."""
-    monkeypatch.setattr(data, "load", lambda name: digits5k.take(200, 60, 100))
+    monkeypatch.setattr(data, "load", lambda *_: digits5k.take(200, 60, 100))
 
 
 def recipe(*changes, name="simplenet-digits5k"):
@@ -277,6 +277,13 @@ def test_some_of_the_classes(small, digits5k):
         assert len(mine) == 20 and torch.equal(mine, everything.images[everything.labels == label])
     with pytest.raises(LabError, match="classes must be from 0 to 9 in digits5k"):
         experiment.prepare(recipe("classes=7,10"), CPU)
+
+
+def test_the_share_held_out_is_the_recipes(digits5k):
+    setup = experiment.prepare(recipe("validation_share=0.05", "images=100"), CPU)
+    assert len(setup.data.val) == 200
+    with pytest.raises(LabError, match="validation_share must be between 0 and 1"):
+        recipe("validation_share=0")
 
 
 def test_dropout_is_on_the_embedding_in_training_alone(small):

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import convkit
-from convkit.lab import LabError, experiment, runs
+from convkit.lab import LabError, experiment, objectives, runs, train
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(convkit.__file__).parents[1])}
 
@@ -73,6 +73,23 @@ def test_killed_and_resumed_is_bitwise_the_same(whole, tmp_path, kills):
     assert run.folder == folder and not list(folder.glob(".*.tmp"))
     same(run, whole)
     assert f"resumed in epoch {epoch + 1}, after {batch} of its batches" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("step", [3, 14], ids=["within an epoch", "its last step"])
+def test_interrupted_and_resumed_is_bitwise_the_same(whole, tmp_path, step):
+    class CtrlC(objectives.Classify):
+        def __call__(self, *batch):
+            steps.append(None)
+            if len(steps) == step:
+                signal.raise_signal(signal.SIGINT)
+            return super().__call__(*batch)
+
+    steps = []
+    with pytest.raises(train.Interrupted):
+        killed.go(tmp_path, objective=CtrlC(), save_seconds=train.SAVE_SECONDS)
+    folder = tmp_path / "killed-1"
+    assert runs.load_checkpoint(folder / "last.pt")["batch"] == (step - 1) % 7 + 1
+    same(killed.go(tmp_path, folder), whole)
 
 
 def test_what_cannot_be_resumed(whole, tmp_path):

@@ -216,17 +216,19 @@ def test_a_learning_rate_that_really_diverges(few, tmp_path):
         fit(few, tmp_path, recipe)
 
 
-@pytest.mark.parametrize("how", [interrupt, ctrl_c_in_a_destructor])
-def test_interruption_leaves_a_usable_folder(few, tmp_path, how):
+@pytest.mark.parametrize("how, batches", [(interrupt, 0), (ctrl_c_in_a_destructor, 4)])
+def test_interruption_leaves_a_usable_folder(few, tmp_path, how, batches):
     with pytest.raises(
-        train.Interrupted, match="interrupted in epoch 2 of 3; .*tiny-1 holds the 1 whole epochs before it; go on with"
+        train.Interrupted,
+        match=f"interrupted in epoch 2 of 3; .*tiny-1 holds the 1 whole epochs before it and {batches} of its 7 batch",
     ) as error:
         fit(few, tmp_path, objective=Failing(10, how))
     assert error.value.exit_code == 130
     folder = tmp_path / "tiny-1"
     assert {path.name for path in folder.iterdir()} == FILES
     assert read_json(folder / "result.json")["status"] == "interrupted"
-    assert runs.load_checkpoint(folder / "last.pt")["epoch"] == 1
+    state = runs.load_checkpoint(folder / "last.pt")
+    assert (state["epoch"], state["batch"]) == (1, batches)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
