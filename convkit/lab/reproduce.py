@@ -20,6 +20,7 @@ import torch
 from convkit.lab import LabError, evaluate, experiment, recipes, require, runs
 from convkit.lab.commands import print_table, say
 from convkit.lab.recipes import Recipe
+from convkit.lab.train import Interrupted
 
 __all__ = ["CLAIMS", "Arm", "Claim", "list_claims", "run_reproduce", "table"]
 
@@ -237,6 +238,8 @@ def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: 
                     error = experiment.test_error(run, device, again=False)
                     say(console, f"  {name}, seed {seed}: test error {error:.2f} %")
                 found[name].append(run)
+    except Interrupted:
+        raise
     except LabError as error:
         say(console, f"  not run: {error}")
         return {**result, "verdict": f"not run: {error}", "arms": {}}

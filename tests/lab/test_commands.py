@@ -6,7 +6,7 @@ import json
 import pytest
 
 from convkit import cli
-from convkit.lab import data, experiment, recipes, runs
+from convkit.lab import data, experiment, recipes, runs, train
 
 
 @pytest.fixture
@@ -208,6 +208,18 @@ def test_reproduce(convkit, small, claims, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == before
     report = json.loads((folder / "reproduce.json").read_text())
     assert [claim["verdict"] for claim in report["claims"]] == ["holds", "does not hold"]
+
+
+def test_ctrl_c_ends_reproduce_and_not_one_claim_of_it(convkit, small, claims, monkeypatch):
+    asked = []
+
+    def interrupted(recipe, *_, **__):
+        asked.append(recipe.name)
+        raise train.Interrupted("interrupted in epoch 1 of 1")
+
+    monkeypatch.setattr(experiment, "train_recipe", interrupted)
+    status, out, err = convkit("reproduce true false --device cpu")
+    assert status == 130 and err == "convkit: interrupted in epoch 1 of 1\n" and len(asked) == 1
 
 
 def test_reproduce_without_the_data(convkit, claims, monkeypatch):
