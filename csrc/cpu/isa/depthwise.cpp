@@ -48,15 +48,14 @@ template <class S> struct Depthwise {
     const S* from = static_cast<const S*>(a.weight);
     const WeightStrides& st = a.weight_strides;
     fill_zero(weights + (vectors - 1) * filter, filter);
-    for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t r = 0; r < p.r; ++r) {
-        const S* row = from + v * L * st.k + r * st.r;
-        T* to = weights + v * filter + r * p.s * L;
-        int64_t channels = min_of<int64_t>(L, p.c - v * L);
-        if (st.s == 1) transpose_block(row, st.k, to, L, channels, p.s);
-        else for (int64_t s = 0; s < p.s; ++s)
-          for (int64_t l = 0; l < channels; ++l) to[s * L + l] = get(row + l * st.k + s * st.s);
-      }
+    for (int64_t v = 0; v < vectors; ++v) {
+      int64_t channels = min_of<int64_t>(L, p.c - v * L);
+      const S* first = from + v * L * st.k;
+      T* to = weights + v * filter;
+      if (st.s == 1 && st.r == p.s) transpose_block(first, st.k, to, L, channels, p.r * p.s);
+      else for (int64_t tap = 0; tap < p.r * p.s; ++tap)
+        for (int64_t l = 0; l < channels; ++l) to[tap * L + l] = get(first + l * st.k + tap / p.s * st.r + tap % p.s * st.s);
+    }
     if (a.bias != nullptr)
       for (int64_t c = 0; c < p.c; ++c) bias()[c] = bias_of<S>(a, c);
   }
@@ -139,7 +138,7 @@ template <class S> struct Depthwise {
         run.tap_step = across.step * L, run.first_tap = across.first * L;
         run.origin = across.source - src.first_column;
         run.outputs = ceil_div(dst_w - phase, phases);
-        run.ahead_rows = plan.stage || phase > 0 ? 0 : int(input_grad ? ceil_div(2, p.stride_h) : 2 * p.stride_h);
+        run.ahead_rows = plan.stage || phase > 0 || channels != p.c ? 0 : int(input_grad ? ceil_div(2, p.stride_h) : 2 * p.stride_h);
         int64_t at = (i - first) * out_row + phase * out_pixel;
         run.out = out + at;
         run.residual = residual != nullptr ? residual + at : nullptr;
@@ -298,7 +297,7 @@ template <class S> struct Depthwise {
     run.origin = -p.pad_left - src.first_column;
     run.outputs = p.q, run.channels = channels;
     run.grad_row = p.q * grad_pixel, run.grad_pixel = grad_pixel;
-    run.ahead_rows = plan.stage ? 0 : int(2 * p.stride_h);
+    run.ahead_rows = plan.stage || channels != p.c ? 0 : int(2 * p.stride_h);
     for (int64_t i = first; i < last; i += 2) {
       coming_x.some(), coming_grad.some();
       run.rows = int(min_of<int64_t>(2, last - i));

@@ -29,9 +29,9 @@ template <class T, class W> struct DepthwiseLines {
   int64_t pixel;                      // source elements from pixel to pixel
   int64_t origin, columns;            // column of output 0, first tap; columns of the source that exist
   int64_t channels;
-  const T* ahead;                     // lines to ask of memory meanwhile: pixel 0 of the first
+  const T* ahead;                     // whole lines to ask of memory meanwhile: the first
   int64_t ahead_row;                  // elements from line to line of them
-  int ahead_rows;
+  int ahead_rows;                     // how many
 
   // Are there no outputs that lie off the image with all their taps? Then all but the outer pixels of a tile exist.
   bool near() const { return origin > -taps && origin + (outputs - 1) * output_pixels < columns; }
@@ -52,19 +52,28 @@ template <class T> struct DepthwiseOutputs : DepthwiseLines<T, const T> {
   bool relu;
 };
 
-// Asks for pixels [first, first + COUNT) of the lines `ahead`, in the order of memory where blocks are whole pixels.
-template <class T, int COUNT, class W> CONVKIT_INLINE void depthwise_ahead(const DepthwiseLines<T, W>& a, int64_t first, int64_t channel) {
-  bool whole = a.channels == a.pixel;
-  const T* next = a.ahead + first * a.pixel + (whole ? channel * COUNT : channel);
-  int64_t step = whole ? kLanes<T> : a.pixel;
+// Calls tile(number, q, channel, lanes) for the tiles of QT outputs of a row, from output q of each on, and the vectors of
+// channels: in the order of memory, but with wide filters, whose arithmetic takes longer than memory does, so few channels
+// at a time that their taps, and the pixels that neighbouring tiles share, stay in the first-level cache.
+template <class T, int TAPS, int QT, class F> CONVKIT_INLINE void depthwise_each_tile(int64_t outputs, int64_t channels, F&& tile) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t at_once = TAPS < 7 ? channels : 256 / sizeof(T), number = 0;
+  for (int64_t first = 0; first < channels; first += at_once)
+    for (int64_t q = 0; q < outputs; q += QT)
+      for (int64_t c = first; c < min_of(first + at_once, channels); c += L) tile(number++, q, c, int(min_of(L, channels - c)));
+}
+
+// Asks for the part of the lines `ahead` that falls to a tile, in the order of memory.
+template <class T, int PIXELS, class W> CONVKIT_INLINE void depthwise_ahead(const DepthwiseLines<T, W>& a, int64_t number) {
+  const T* next = a.ahead + number * PIXELS * kLanes<T>;
   for (int r = 0; r < a.ahead_rows; ++r, next += a.ahead_row)
-    CONVKIT_UNROLL for (int j = 0; j < COUNT; ++j) __builtin_prefetch(next + j * step, 0, 2);
+    CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j) __builtin_prefetch(next + j * kLanes<T>, 0, 2);
 }
 
 // 2 x QT sums: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the source and 18 of taps for 144 multiply-adds in 16
 // independent sums, which with the 6 taps of a line and a source vector take 23 registers.
 template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> sum[2][QT];
@@ -97,7 +106,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t q, uint
   add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
   add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
   add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
-  depthwise_ahead<T, QT * STRIDE>(a, q * STRIDE, channel);
+  depthwise_ahead<T, QT * STRIDE>(a, number);
   bool streamed = a.streamed;
   CONVKIT_UNROLL for (int o = 0; o < 2; ++o) {
     if (o >= a.rows) break;
@@ -126,14 +135,12 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t q, uint
 }
 
 template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<T>& a) {
-  constexpr int L = kLanes<T>;
-  int64_t whole = a.channels / L * L;
-  for (int64_t next = 0; next < a.outputs; next += QT) {
-    int64_t q = min_of(next, a.outputs - QT);  // the last tile may compute some outputs again
+  depthwise_each_tile<T, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+    q = min_of(q, a.outputs - QT);  // the last tile may compute some outputs again
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
-    for (int64_t c = 0; c < whole; c += L) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, q, inside, c, L);
-    if (whole < a.channels) depthwise_tile<T, TAPS, STRIDE, QT, false>(a, q, inside, whole, int(a.channels - whole));
-  }
+    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
+    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+  });
 }
 
 // Any number of taps at any step: dilation, wide filters, strides beyond 2, padding beyond the filter, narrow images.
@@ -199,7 +206,7 @@ template <class T> struct DepthwiseGrads : DepthwiseLines<T, T> {
 // 2 x QT gradients, and the sums of a line, which are added to memory: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the
 // source, 16 of gradients and 18 of sums for 144 multiply-adds.
 template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> grad[2][QT];
@@ -236,27 +243,25 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t q, uint32
   add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
   add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
   add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
-  depthwise_ahead<T, QT * STRIDE>(a, q * STRIDE, channel);
+  depthwise_ahead<T, QT * STRIDE>(a, number);
   if (a.ahead_rows > 0) {
-    bool blocks = a.channels == a.pixel;
-    const T* next = a.grad + 2 * a.grad_row + q * a.grad_pixel + (blocks ? channel * QT : channel);
-    int64_t step = blocks ? L : a.grad_pixel;
+    const T* next = a.grad + 2 * a.grad_row + number * QT * L;
     CONVKIT_UNROLL for (int o = 0; o < 2; ++o, next += a.grad_row)
-      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) __builtin_prefetch(next + t * step, 0, 2);
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) __builtin_prefetch(next + t * L, 0, 2);
   }
 }
 
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<T>& a, int64_t q = 0) {
-  constexpr int L = kLanes<T>;
-  int64_t whole = a.channels / L * L;
-  for (; q + QT <= a.outputs; q += QT) {
+template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<T>& a, int64_t from = 0) {
+  int64_t tiled = (a.outputs - from) / QT * QT;
+  depthwise_each_tile<T, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+    q += from;
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
-    for (int64_t c = 0; c < whole; c += L) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, q, inside, c, L);
-    if (whole < a.channels) depthwise_tile<T, TAPS, STRIDE, QT, false>(a, q, inside, whole, int(a.channels - whole));
-  }
+    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
+    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+  });
   if constexpr (QT > 1)
-    if (q < a.outputs) depthwise_rows<T, TAPS, STRIDE, 1>(a, q);
+    if (from + tiled < a.outputs) depthwise_rows<T, TAPS, STRIDE, 1>(a, from + tiled);
 }
 
 // Any number of taps at any step.
