@@ -31,10 +31,8 @@ constexpr int64_t kOuterThinBlockBytes = 28 << 10;
 constexpr int64_t kOuterSumsBytes = 4 << 20;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
 constexpr int64_t kDepthwiseBytes = 512 << 10;
-// What a strip of a depthwise task may take of the first-level cache.
-constexpr int64_t kDepthwiseStripBytes = 24 << 10;
-// Sums of a depthwise weight gradient that are read and written again and again.
-constexpr int64_t kDepthwiseSumsBytes = 16 << 10;
+// Taps, or sums of a weight gradient, of a depthwise block of channels: they stay in the second-level cache.
+constexpr int64_t kDepthwiseTapsBytes = 256 << 10;
 // Source and outputs of a depthwise task on a small contiguous image: they stay in the first-level cache.
 constexpr int64_t kDepthwisePlanesBytes = 32 << 10;
 // Contiguous images up to this width are copied without padding: a run of whole vectors is worth more than rows without edges.
@@ -268,27 +266,15 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
 
-  // The source pixels under the filters of a strip should stay in the first-level cache from row to row. It has 8 ways or
-  // more; pixels whose addresses agree modulo 4096 share them.
-  int64_t filter_rows = input_grad ? ceil_div(a.r, a.stride_h) : a.r;
-  auto source_columns = [&](int64_t pixel_bytes, int64_t block_bytes) {
-    int64_t lines = 8 * (4096 / std::gcd<int64_t>(pixel_bytes, 4096));
-    return std::min(lines, kDepthwiseStripBytes / std::max<int64_t>(64, block_bytes)) / filter_rows;
-  };
-  auto strip_of = [&](int64_t columns) { return input_grad ? columns - ceil_div(reach_w, a.stride_w) : (columns - reach_w - 1) / a.stride_w + 1; };
-  int64_t needed = std::min<int64_t>(8, dst_w);
   b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
-  // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
-  bool in_order = !b.stage && a.c * element % 2048 == 0;
-  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
   bool planes = b.stage && a.layout == Layout::nchw;
+  // Memory is gone through in order: whole pixels.
+  if (!b.stage) b.channel_block = std::max<int64_t>(lanes, kDepthwiseTapsBytes / (a.r * a.s * element) / lanes * lanes);
+  else b.channel_block = planes ? std::max<int64_t>(16, lanes) : 64;
   // The work of preparing a row is shared by the channels.
   while (planes && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
-  // The weight gradient goes through rows with all channels whose sums stay in the first-level cache.
-  if (pass == Pass::weight_grad && !b.stage) b.channel_block = std::max<int64_t>(lanes, kDepthwiseSumsBytes / (a.r * a.s * element) / lanes * lanes);
   b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
   int64_t block_bytes = b.channel_block * element;
-  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
   b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
 
   if (input_grad) {
@@ -309,9 +295,10 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t rows = pass == Pass::weight_grad ? a.p : dst_h;
   b.rows_per_task = rows;
   while (b.rows_per_task > 1 && b.rows_per_task * row_bytes + source_rows(b.rows_per_task) * width * block_bytes > kDepthwiseBytes)
-    b.rows_per_task = b.rows_per_task > 2 ? ceil_div(b.rows_per_task, 4) * 2 : 1;  // the weight gradient takes two at a time
+    b.rows_per_task = b.rows_per_task > 2 ? ceil_div(b.rows_per_task, 4) * 2 : 1;  // two at a time
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
-  b.scratch_bytes = b.stage ? ceil_div(b.staged_elements * element + (planes ? 2 : 1) * b.rows_per_task * row_bytes, 64) * 64 : 0;
+  b.lines_bytes = ceil_div(2 * a.r * 3 * 8, 64) * 64;
+  b.scratch_bytes = b.lines_bytes + (b.stage ? ceil_div(b.staged_elements * element + (planes ? 2 : 1) * b.rows_per_task * row_bytes, 64) * 64 : 0);
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 
@@ -468,8 +455,8 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::depthwise: {
       const DepthwisePlan& b = plan.depthwise;
-      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task, " +
-             (pass == Pass::weight_grad ? num(b.splits) + " splits" : "strips of " + num(b.strip));
+      out += "depthwise_" + std::string(f.isa) + ", " + num(b.channel_block) + " channels x " + num(b.rows_per_task) + " rows a task";
+      if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       if (b.stage) out += ", staged";
       if (b.stream) out += ", streamed";
       break;

@@ -99,12 +99,11 @@ struct DepthwisePlan {
   bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;
-  int64_t strip;            // outputs of a row (of a phase, in the input gradient) a task takes before it goes on to the next row; not weight gradient
   int64_t splits;           // weight gradient: partial sums, added in order
   int64_t staged_first, staged_last;  // columns of a staged source, zeros beyond the image's own
   int64_t staged_elements;  // of a task's staged source; the outputs (or gradients) follow
   Piece weights, partial, scratch;
-  int64_t scratch_bytes;    // of one thread
+  int64_t lines_bytes, scratch_bytes;  // of one thread: the table of source lines, and all with it
 };
 
 // Channels, and filters, of a block of what Winograd's transforms write.

@@ -1,11 +1,11 @@
 // Depthwise convolution, one filter a channel: forward, input gradient, weight gradient.
 //
-// A task takes an image, a block of channels and a block of rows, and goes over it in strips of columns so narrow that
-// the source rows under a filter stay in the first-level cache from one row of outputs to the next. The weight gradient
-// writes nothing that needs the caches' room, and takes whole rows, in the order of memory. Channels-last float32
-// and float64 images are read and written where they are; everything else (contiguous layout, 16-bit types) goes through a
-// channels-last copy of just the task's part, while the next task's is on its way from memory. Small contiguous images
-// are copied as they are, all pixels in one run, larger ones row by row with the padding.
+// A task takes an image, a block of channels and a block of rows, and goes over it in the order of memory, two rows of
+// outputs at a time. Channels-last float32 and float64 images are read and written where they are, whole pixels at a
+// time, while the source rows of the next two are on their way into the second-level cache: into the first they would
+// wait in its few line buffers, which writing past the caches needs too. Everything else (contiguous layout, 16-bit
+// types) goes through a channels-last copy of just the task's part, while the next task's is on its way. Small contiguous
+// images are copied as they are, all pixels in one run, larger ones row by row with the padding.
 #include "../kernels.h"
 #include "depthwise_run.h"
 #include "staging.h"
@@ -38,22 +38,24 @@ template <class S> struct Depthwise {
 
   Depthwise(const ConvArgs& args, const Pool& threads, bool backwards) : a(args), pool(threads), input_grad(backwards) {}
 
-  T* scratch(int thread) const { return reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes); }
+  template <class W> DepthwiseLine<T, W>* line_table(int thread) const {
+    return reinterpret_cast<DepthwiseLine<T, W>*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+  }
+  T* scratch(int thread) const { return reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes + plan.lines_bytes); }
   T* bias() const { return weights + vectors * filter; }
 
   void pack() const {
     const S* from = static_cast<const S*>(a.weight);
     const WeightStrides& st = a.weight_strides;
     fill_zero(weights + (vectors - 1) * filter, filter);
-    for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t r = 0; r < p.r; ++r) {
-        const S* row = from + v * L * st.k + r * st.r;
-        T* to = weights + v * filter + r * p.s * L;
-        int64_t channels = min_of<int64_t>(L, p.c - v * L);
-        if (st.s == 1) transpose_block(row, st.k, to, L, channels, p.s);
-        else for (int64_t s = 0; s < p.s; ++s)
-          for (int64_t l = 0; l < channels; ++l) to[s * L + l] = get(row + l * st.k + s * st.s);
-      }
+    for (int64_t v = 0; v < vectors; ++v) {
+      int64_t channels = min_of<int64_t>(L, p.c - v * L);
+      const S* first = from + v * L * st.k;
+      T* to = weights + v * filter;
+      if (st.s == 1 && st.r == p.s) transpose_block(first, st.k, to, L, channels, p.r * p.s);
+      else for (int64_t tap = 0; tap < p.r * p.s; ++tap)
+        for (int64_t l = 0; l < channels; ++l) to[tap * L + l] = get(first + l * st.k + tap / p.s * st.r + tap % p.s * st.s);
+    }
     if (a.bias != nullptr)
       for (int64_t c = 0; c < p.c; ++c) bias()[c] = bias_of<S>(a, c);
   }
@@ -78,55 +80,71 @@ template <class S> struct Depthwise {
     }
   };
 
+  // The source lines under outputs of row i and, where there are two rows, i + 1; `taps` is tap (0, 0).
+  template <class W> void find_lines(DepthwiseLines<T, W>& to, const Source& src, int64_t i, W* taps) const {
+    Taps down[2];
+    Range valid[2] = {};
+    for (int o = 0; o < to.rows; ++o) {
+      down[o] = taps_at(i + o, p.r, p.stride_h, p.pad_top, p.dilation_h, input_grad);
+      valid[o] = inside(down[o].count, down[o].source_step, down[o].source - src.first_row, src.rows);
+    }
+    auto tap_under = [&](int o, int64_t row) -> W* {
+      if (valid[o].begin == valid[o].end) return nullptr;
+      int64_t k = row - down[o].source, step = down[o].source_step;
+      if (step != 1) k = k % step == 0 ? k / step : -1;
+      return k >= valid[o].begin && k < valid[o].end ? taps + (down[o].first + k * down[o].step) * p.s * L : nullptr;
+    };
+    int64_t count = 0;
+    for (int part = 0; part < 3; ++part) {
+      int o = part / 2;
+      for (int64_t k = valid[o].begin; k < valid[o].end; ++k) {
+        int64_t row = down[o].source + k * down[o].source_step;
+        W* other = tap_under(1 - o, row);
+        if ((other != nullptr) != (part == 1)) continue;
+        auto& line = to.lines[count++];
+        line.source = src.at + (row - src.first_row) * src.row;
+        line.taps[o] = tap_under(o, row), line.taps[1 - o] = other;
+      }
+      to.upto[part] = count;
+    }
+    // What the next two rows of outputs will add, which may be the next image's.
+    Taps newest = taps_at(i + 1, p.r, p.stride_h, p.pad_top, p.dilation_h, input_grad);
+    to.ahead = src.at + (newest.source + (newest.count - 1) * newest.source_step + 1 - src.first_row) * src.row;
+    to.ahead_row = src.row;
+  }
+
   // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0), and so is `residual`, if any.
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, bool relu, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
-    int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, output_pixels = input_grad ? 1 : p.stride_w;
-    const T* weight = weights + channel / L * filter;
-    DepthwiseRow<T> run;
-    run.weight_vector = filter;
-    run.output_pixels = output_pixels;
-    run.pixel = src.pixel;
-    run.columns = src.columns;
+  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, int64_t out_pixel, int64_t channel, int64_t channels, DepthwiseLine<T, const T>* lines, Ahead& coming) const {
+    int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, out_row = dst_w * out_pixel;
+    DepthwiseOutputs<T> run;
+    run.lines = lines;
+    run.tap_vector = filter;
+    run.output_pixels = input_grad ? 1 : p.stride_w;
+    run.pixel = src.pixel, run.columns = src.columns;
     run.channels = channels;
-    run.out_step = out_pixel * phases;
+    run.out_row = out_row, run.out_step = out_pixel * phases;
     run.streamed = streamed;
-    for (int64_t strip = 0; strip * phases < dst_w; strip += plan.strip)
+    run.scale = a.scale != nullptr ? static_cast<const T*>(a.scale) + channel : nullptr;
+    run.shift = a.bias != nullptr ? bias() + channel : nullptr;
+    run.relu = a.relu && (residual != nullptr || a.residual == nullptr);
+    for (int64_t i = first; i < last; i += 2) {
+      coming.some();
+      run.rows = int(min_of<int64_t>(2, last - i));
+      find_lines(run, src, i, static_cast<const T*>(weights + channel / L * filter));
       for (int64_t phase = 0; phase < phases; ++phase) {
         Taps across = taps_at(phase, p.s, p.stride_w, p.pad_left, p.dilation_w, input_grad);
         run.taps = across.count;
         run.tap_pixels = across.source_step;
-        run.weight_step = across.step * L;
+        run.tap_step = across.step * L, run.first_tap = across.first * L;
         run.origin = across.source - src.first_column;
-        run.first = strip;
-        run.last = min_of(strip + plan.strip, ceil_div(dst_w - phase, phases));
-        if (run.first >= run.last) continue;
-        for (int64_t i = first; i < last; ++i) {
-          coming.some();
-          Taps down = taps_at(i, p.r, p.stride_h, p.pad_top, p.dilation_h, input_grad);
-          Range valid = inside(down.count, down.source_step, down.source - src.first_row, src.rows);
-          int64_t at = ((i - first) * dst_w + phase) * out_pixel;
-          run.out = out + at;
-          int64_t next = down.source + (valid.end - 1) * down.source_step - src.first_row + (input_grad ? 1 : p.stride_h);
-          run.ahead = plan.stage || valid.begin == valid.end || next >= src.rows ? 0 : src.row * (input_grad ? 1 : p.stride_h);
-          int64_t r = valid.begin;
-          do {  // once, but for filters taller than kMaxDepthwiseRows; also when no row is inside
-            int64_t end = min_of(valid.end, r + kMaxDepthwiseRows);
-            run.row_count = int(end - r);
-            run.accumulate = r != valid.begin;
-            bool done = end == valid.end;
-            run.scale = done && a.scale != nullptr ? static_cast<const T*>(a.scale) + channel : nullptr;
-            run.shift = done && a.bias != nullptr ? bias() + channel : nullptr;
-            run.residual = done && residual != nullptr ? residual + at : nullptr;
-            run.relu = done && relu;
-            for (int64_t j = r; j < end; ++j) {
-              run.rows[j - r] = src.at + (down.source + j * down.source_step - src.first_row) * src.row + run.origin * src.pixel;
-              run.weights[j - r] = weight + ((down.first + j * down.step) * p.s + across.first) * L;
-            }
-            depthwise_dispatch(run);
-            r = end;
-          } while (r < valid.end);
-        }
+        run.outputs = ceil_div(dst_w - phase, phases);
+        run.ahead_rows = plan.stage || phase > 0 || channels != p.c ? 0 : int(input_grad ? ceil_div(2, p.stride_h) : 2 * p.stride_h);
+        int64_t at = (i - first) * out_row + phase * out_pixel;
+        run.out = out + at;
+        run.residual = residual != nullptr ? residual + at : nullptr;
+        depthwise_dispatch(run);
       }
+    }
   }
 
   // Source rows [first, last) that outputs [begin, end) reach, before clipping to the image.
@@ -147,6 +165,7 @@ template <class S> struct Depthwise {
     const S* src = static_cast<const S*>(a.src);
     S* dst = static_cast<S*>(a.dst);
     parallel(pool, p.n * blocks * pieces, [&](int64_t begin, int64_t end, int thread) {
+      auto* lines = line_table<const T>(thread);
       for (int64_t task = begin; task < end; ++task) {
         int64_t piece = task % pieces, channel = task / pieces % blocks * plan.channel_block, image = task / pieces / blocks;
         int64_t channels = min_of(plan.channel_block, p.c - channel);
@@ -160,16 +179,16 @@ template <class S> struct Depthwise {
           if (task + 1 < end) {
             int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
             Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
-            coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, last - first);
+            coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, ceil_div(last - first, 2));
           }
         }
         if (direct) {
           int64_t at = (image * dst_h + first) * dst_w * p.c + channel;
           const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + at;
-          output_rows(part, first, last, static_cast<T*>(a.dst) + at, residual, a.relu, p.c, channel, channels, coming);
+          output_rows(part, first, last, static_cast<T*>(a.dst) + at, residual, p.c, channel, channels, lines, coming);
         } else {
           T* out = scratch(thread) + plan.staged_elements;
-          output_rows(part, first, last, out, nullptr, a.relu && a.residual == nullptr, plan.channel_block, channel, channels, coming);
+          output_rows(part, first, last, out, nullptr, plan.channel_block, channel, channels, lines, coming);
           with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
         }
       }
@@ -249,7 +268,7 @@ template <class S> struct Depthwise {
               coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
             }
           }
-          accumulate(part, part_grad, grad_pixel, first, last, channels, sums, coming_x, coming_grad);
+          accumulate(part, part_grad, grad_pixel, first, last, channels, sums, line_table<T>(thread), coming_x, coming_grad);
         }
       }
     });
@@ -269,36 +288,23 @@ template <class S> struct Depthwise {
 
   // Adds output rows [first, last) to sums[vector of channels][r][s]; grad is pixel (first, 0).
   void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
-                  Ahead& coming_x, Ahead& coming_grad) const {
-    DepthwiseGrad<T> run;
-    run.taps = p.s, run.sums_vector = filter;
+                  DepthwiseLine<T, T>* lines, Ahead& coming_x, Ahead& coming_grad) const {
+    DepthwiseGrads<T> run;
+    run.lines = lines;
+    run.taps = p.s, run.tap_step = L, run.tap_vector = filter, run.first_tap = 0;
     run.tap_pixels = p.dilation_w, run.output_pixels = p.stride_w;
-    run.pixel = src.pixel, run.row = src.row;
-    run.origin = -p.pad_left - src.first_column, run.columns = src.columns;
+    run.pixel = src.pixel, run.columns = src.columns;
+    run.origin = -p.pad_left - src.first_column;
     run.outputs = p.q, run.channels = channels;
-    run.grad_pixel = grad_pixel;
+    run.grad_row = p.q * grad_pixel, run.grad_pixel = grad_pixel;
+    run.ahead_rows = plan.stage || channels != p.c ? 0 : int(2 * p.stride_h);
     for (int64_t i = first; i < last; i += 2) {
       coming_x.some(), coming_grad.some();
-      run.grad = grad + (i - first) * p.q * grad_pixel;
-      run.grad_row = i + 1 < last ? p.q * grad_pixel : 0;
-      int64_t y = i * p.stride_h - p.pad_top - src.first_row;  // of tap 0 of the first row
-      int64_t taps[2] = {0, i + 1 < last ? 0 : p.r};           // the next of each row of outputs
-      while (taps[0] < p.r || taps[1] < p.r) {
-        run.line_count = 0;
-        while (run.line_count < 2 * kMaxDepthwiseRows && (taps[0] < p.r || taps[1] < p.r)) {
-          int64_t rows[2];
-          for (int o = 0; o < 2; ++o) rows[o] = taps[o] < p.r ? y + o * p.stride_h + taps[o] * p.dilation_h : INT64_MAX;
-          int64_t row = min_of(rows[0], rows[1]);
-          auto& line = run.lines[run.line_count];
-          line.source = src.at + row * src.row + run.origin * src.pixel;
-          for (int o = 0; o < 2; ++o) line.sums[o] = rows[o] == row ? sums + taps[o]++ * p.s * L : nullptr;
-          run.line_count += row >= 0 && row < src.rows;
-        }
-        if (run.line_count == 0) continue;
-        // What the next two rows of outputs add, which may be the next image's.
-        run.ahead = src.row, run.ahead_rows = plan.stage ? 0 : int(2 * p.stride_h);
-        depthwise_grad_dispatch(run);
-      }
+      run.rows = int(min_of<int64_t>(2, last - i));
+      find_lines(run, src, i, sums);
+      if (run.upto[2] == 0) continue;
+      run.grad = grad + (i - first) * run.grad_row;
+      depthwise_dispatch(run);
     }
   }
 };

@@ -1,204 +1,232 @@
-// Depthwise inner loops: vectors of channels, sliding along a row.
+// Depthwise inner loops: vectors of channels, sliding along two rows of outputs.
 //
-// QT neighbouring outputs are computed at once, 8 where the row has them: their sums and the taps of one filter row stay
-// in registers, and every source vector is loaded once for all the outputs it reaches, so a 3-wide filter at stride 1
-// costs 10 loads for 24 multiply-adds, and 8 independent sums are what it takes to keep two multiply-add units busy.
-// Blocks of outputs that see the edge of the image skip what is outside of it; all others ask no questions.
+// A tile is 2 x QT neighbouring outputs of a vector of channels, in registers. The source lines under it are gone through
+// one by one, and a source vector is loaded once for all taps and outputs of both rows that it meets. Pixels that do not
+// exist are skipped.
 #pragma once
 
 #include "vec.h"
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-constexpr int kMaxDepthwiseRows = 16;  // filter rows a run takes at once; taller filters go in several runs
+// A source line and, for each of two rows of outputs, tap 0 of the filter row under which it has the line, of the first
+// vector of channels; null: it has not.
+template <class T, class W> struct DepthwiseLine {
+  const T* source;  // pixel 0 of the line, first channel
+  W* taps[2];
+};
 
-// A row of outputs: some of its columns, all channels of a block.
-template <class T> struct DepthwiseRow {
-  const T* rows[kMaxDepthwiseRows];     // source of output 0, tap 0, first channel, by filter row; may be off the image
-  const T* weights[kMaxDepthwiseRows];  // tap 0 of the first vector of channels, by filter row
-  int row_count;
-  int64_t taps, weight_step, weight_vector;  // elements of weight from tap to tap and from vector to vector
-  int64_t tap_pixels, output_pixels;    // source pixels from tap to tap and from output to output
-  int64_t pixel;                        // source elements from pixel to pixel
-  int64_t origin, columns;              // column of output 0, tap 0; columns of the source that exist
-  int64_t first, last;                  // outputs to compute
+// Two rows of outputs, all channels of a block, and the lines under them.
+template <class T, class W> struct DepthwiseLines {
+  DepthwiseLine<T, W>* lines;         // those under the first row of outputs only, under both, under the second only
+  int64_t upto[3];                    // where these three end
+  int rows;                           // of outputs: 1 or 2
+  int64_t outputs;                    // of a row
+  int64_t taps;                       // of a filter row
+  int64_t tap_pixels, output_pixels;  // source pixels from tap to tap and from output to output
+  int64_t tap_step, tap_vector;       // elements of taps from tap to tap and from vector to vector of channels
+  int64_t first_tap;                  // elements from tap 0 to the one that meets `origin`
+  int64_t pixel;                      // source elements from pixel to pixel
+  int64_t origin, columns;            // column of output 0, first tap; columns of the source that exist
   int64_t channels;
-  T* out;                               // output 0
-  int64_t out_step;
-  int64_t ahead;                        // elements from the last filter row to the source row worth fetching early, or 0
-  bool accumulate;                      // add to what `out` holds: later runs of a tall filter
-  bool streamed;                        // write past the caches; `out` and out_step are whole vectors then
-  const T *scale, *shift;               // per channel, or null
-  const T* residual;                    // of output 0, in the order of `out`, or null
+  const T* ahead;                     // whole lines to ask of memory meanwhile: the first
+  int64_t ahead_row;                  // elements from line to line of them
+  int ahead_rows;                     // how many
+
+  // Are there no outputs that lie off the image with all their taps? Then all but the outer pixels of a tile exist.
+  bool near() const { return origin > -taps && origin + (outputs - 1) * output_pixels < columns; }
+
+  // Bit j: does source pixel j of a tile whose first tap is at `column` exist?
+  CONVKIT_INLINE uint32_t inside(int64_t column, int pixels) const {
+    int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(pixels, columns - column));
+    return begin >= pixels ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
+  }
+};
+
+template <class T> struct DepthwiseOutputs : DepthwiseLines<T, const T> {
+  T* out;                             // output 0 of the first row
+  int64_t out_row, out_step;          // elements from row to row and from output to output
+  bool streamed;                      // write past the caches; `out` and its steps are whole vectors then
+  const T *scale, *shift;             // per channel, or null
+  const T* residual;                  // of output 0, in the order of `out`, or null
   bool relu;
 };
 
-// Outputs [q, q + count), count <= QT, of the vector of channels at `channel`. EDGE: bit j of `inside` says whether source
-// pixel j of the block exists.
-template <class T, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
-CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int count, uint32_t inside, int64_t channel, int lanes) {
+// Calls tile(number, q, channel, lanes) for the tiles of QT outputs of a row, from output q of each on, and the vectors of
+// channels: in the order of memory, but with wide filters, whose arithmetic takes longer than memory does, so few channels
+// at a time that their taps, and the pixels that neighbouring tiles share, stay in the first-level cache.
+template <class T, int TAPS, int QT, class F> CONVKIT_INLINE void depthwise_each_tile(int64_t outputs, int64_t channels, F&& tile) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t at_once = TAPS < 7 ? channels : 256 / sizeof(T), number = 0;
+  for (int64_t first = 0; first < channels; first += at_once)
+    for (int64_t q = 0; q < outputs; q += QT)
+      for (int64_t c = first; c < min_of(first + at_once, channels); c += L) tile(number++, q, c, int(min_of(L, channels - c)));
+}
+
+// Asks for the part of the lines `ahead` that falls to a tile, in the order of memory.
+template <class T, int PIXELS, class W> CONVKIT_INLINE void depthwise_ahead(const DepthwiseLines<T, W>& a, int64_t number) {
+  const T* next = a.ahead + number * PIXELS * kLanes<T>;
+  for (int r = 0; r < a.ahead_rows; ++r, next += a.ahead_row)
+    CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j) __builtin_prefetch(next + j * kLanes<T>, 0, 2);
+}
+
+// 2 x QT sums: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the source and 18 of taps for 144 multiply-adds in 16
+// independent sums, which with the 6 taps of a line and a source vector take 23 registers.
+template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
+CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
-  vec<T> sum[QT];
-  CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = vec<T>{};
-  int64_t from = q * STRIDE * a.pixel + channel;
-  for (int r = 0; r < a.row_count; ++r) {
-    const T* x = a.rows[r] + from;
-    const T* taps = a.weights[r] + channel / L * a.weight_vector;
-    vec<T> w[TAPS];
-    CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[s] = held(load(taps + s * a.weight_step));
-    CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + a.pixel)) {
-      if (EDGE && (inside & 1u << j) == 0) continue;
-      // With a stride beyond the filter some pixels are between outputs.
-      if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
-      vec<T> xj = held(fetch(x));
-      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) {
-        int s = j - t * STRIDE;
-        if (s >= 0 && s < TAPS) sum[t] += xj * w[s];
+  vec<T> sum[2][QT];
+  CONVKIT_UNROLL for (int o = 0; o < 2; ++o)
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] = vec<T>{};
+  int64_t from = (a.origin + q * STRIDE) * a.pixel + channel, taps_from = a.first_tap + channel / L * a.tap_vector;
+  int64_t pixel = a.pixel, tap_step = a.tap_step;
+  const auto* line = a.lines;
+  // Under rows [FIRST, LAST) of the outputs.
+  auto add = [&]<int FIRST, int LAST>(std::integer_sequence<int, FIRST, LAST>, const auto* end) __attribute__((always_inline)) {
+    for (; line != end; ++line) {
+      vec<T> w[2][TAPS];
+      CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
+        CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[o][s] = held(load(line->taps[o] + taps_from + s * tap_step));
+      const T* x = line->source + from;
+      uint32_t exists = held(inside);
+      CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + pixel)) {
+        // With a stride beyond the filter some pixels are between outputs.
+        if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
+        if ((j < TAPS - 1 || j > PIXELS - TAPS) && (exists & 1u << j) == 0) continue;
+        vec<T> xj = held(fetch(x));
+        CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
+          CONVKIT_UNROLL for (int t = 0; t < QT; ++t) {
+            int s = j - t * STRIDE;
+            if (s >= 0 && s < TAPS) sum[o][t] += xj * w[o][s];
+          }
       }
     }
-  }
-  if (a.ahead != 0) {
-    const T* next = a.rows[a.row_count - 1] + from + a.ahead;
-    CONVKIT_UNROLL for (int j = 0; j < QT * STRIDE; ++j, next = held(next + a.pixel)) __builtin_prefetch(next);
-  }
-  T* out = a.out + q * a.out_step + channel;
-  int64_t out_step = a.out_step;
+  };
+  add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
+  add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
+  add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
+  depthwise_ahead<T, QT * STRIDE>(a, number);
   bool streamed = a.streamed;
-  if (a.accumulate)
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(out + t * out_step);
-  if (a.scale != nullptr) {
-    vec<T> scale = fetch(a.scale + channel);
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] *= scale;
-  }
-  if (a.shift != nullptr) {
-    vec<T> shift = fetch(a.shift + channel);
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] += shift;
-  }
-  if (a.residual != nullptr) {
-    const T* residual = a.residual + q * out_step + channel;
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(residual + t * out_step);
-  }
-  if (a.relu)
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = relu<T>(sum[t]);
-  CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out += out_step) {
-    if (EDGE && t >= count) break;
-    if (!WHOLE) store_n(out, sum[t], lanes);
-    else if (streamed) stream(out, sum[t]);
-    else store(out, sum[t]);
-  }
-}
-
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_row(const DepthwiseRow<T>& a) {
-  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  int64_t whole = a.channels / L * L;
-  for (int64_t q = a.first; q < a.last; q += QT) {
-    int count = int(min_of<int64_t>(QT, a.last - q));
-    if (count < QT && a.last - QT >= a.first && !a.accumulate) q = a.last - QT, count = QT;  // some outputs twice
-    int64_t column = a.origin + q * STRIDE;
-    int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(PIXELS, a.columns - column));
-    uint32_t inside = begin >= PIXELS ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-    if (count == QT && begin == 0 && end == PIXELS)
-      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, false, true>(a, q, QT, inside, c, L);
-    else
-      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, true, true>(a, q, count, inside, c, L);
-    if (whole < a.channels) depthwise_outputs<T, TAPS, STRIDE, QT, true, false>(a, q, count, inside, whole, int(a.channels - whole));
+  CONVKIT_UNROLL for (int o = 0; o < 2; ++o) {
+    if (o >= a.rows) break;
+    int64_t at = o * a.out_row + q * a.out_step + channel, step = a.out_step;
+    if (a.scale != nullptr) {
+      vec<T> scale = fetch(a.scale + channel);
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] *= scale;
+    }
+    if (a.shift != nullptr) {
+      vec<T> shift = fetch(a.shift + channel);
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] += shift;
+    }
+    if (a.residual != nullptr) {
+      const T* residual = a.residual + at;
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t, residual = held(residual + step)) sum[o][t] += fetch(residual);
+    }
+    if (a.relu)
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] = relu<T>(sum[o][t]);
+    T* out = a.out + at;
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out = held(out + step)) {
+      if (!WHOLE) store_n(out, sum[o][t], lanes);
+      else if (streamed) stream(out, sum[o][t]);
+      else store(out, sum[o][t]);
+    }
   }
 }
 
-// Any number of taps at any step: dilation, wide filters, strides beyond 2.
-template <class T> __attribute__((noinline)) void depthwise_row_any(const DepthwiseRow<T>& a) {
+template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<T>& a) {
+  depthwise_each_tile<T, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+    q = min_of(q, a.outputs - QT);  // the last tile may compute some outputs again
+    uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
+    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
+    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+  });
+}
+
+// Any number of taps at any step: dilation, wide filters, strides beyond 2, padding beyond the filter, narrow images.
+template <class T> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseOutputs<T>& a) {
   constexpr int L = kLanes<T>;
-  for (int64_t q = a.first; q < a.last; ++q)
-    for (int64_t c = 0; c < a.channels; c += L) {
-      int lanes = int(min_of<int64_t>(L, a.channels - c));
-      vec<T> sum{};
-      for (int r = 0; r < a.row_count; ++r) {
-        const T* w = a.weights[r] + c / L * a.weight_vector;
-        for (int64_t s = 0; s < a.taps; ++s) {
-          int64_t at = q * a.output_pixels + s * a.tap_pixels;
-          if (a.origin + at < 0 || a.origin + at >= a.columns) continue;
-          const T* x = a.rows[r] + at * a.pixel + c;
-          sum += (lanes == L ? load(x) : load_n(x, lanes)) * load(w + s * a.weight_step);
+  for (int o = 0; o < a.rows; ++o)
+    for (int64_t q = 0; q < a.outputs; ++q)
+      for (int64_t c = 0; c < a.channels; c += L) {
+        int lanes = int(min_of<int64_t>(L, a.channels - c));
+        auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+        vec<T> sum{};
+        for (int64_t i = 0; i < a.upto[2]; ++i) {
+          if (a.lines[i].taps[o] == nullptr) continue;
+          const T* w = a.lines[i].taps[o] + a.first_tap + c / L * a.tap_vector;
+          for (int64_t s = 0; s < a.taps; ++s) {
+            int64_t column = a.origin + q * a.output_pixels + s * a.tap_pixels;
+            if (column >= 0 && column < a.columns) sum += fetch(a.lines[i].source + column * a.pixel + c) * load(w + s * a.tap_step);
+          }
         }
+        int64_t at = o * a.out_row + q * a.out_step + c;
+        if (a.scale != nullptr) sum *= fetch(a.scale + c);
+        if (a.shift != nullptr) sum += fetch(a.shift + c);
+        if (a.residual != nullptr) sum += fetch(a.residual + at);
+        if (a.relu) sum = relu<T>(sum);
+        if (lanes != L) store_n(a.out + at, sum, lanes);
+        else if (a.streamed) stream(a.out + at, sum);
+        else store(a.out + at, sum);
       }
-      T* out = a.out + q * a.out_step + c;
-      auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
-      if (a.accumulate) sum += fetch(out);
-      if (a.scale != nullptr) sum *= fetch(a.scale + c);
-      if (a.shift != nullptr) sum += fetch(a.shift + c);
-      if (a.residual != nullptr) sum += fetch(a.residual + q * a.out_step + c);
-      if (a.relu) sum = relu<T>(sum);
-      if (lanes != L) store_n(out, sum, lanes);
-      else if (a.streamed) stream(out, sum);
-      else store(out, sum);
-    }
 }
 
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_row_wide(const DepthwiseRow<T>& a) {
-  return a.last - a.first > 4 ? depthwise_row<T, TAPS, STRIDE, 8>(a) : depthwise_row<T, TAPS, STRIDE, 4>(a);
+// The tile that computes the fewest outputs of a row twice.
+template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseOutputs<T>& a) {
+  if constexpr (kVectorBytes == 64) {
+    if (a.outputs >= 8 && ceil_div(a.outputs, 8) * 8 <= ceil_div(a.outputs, 7) * 7) return depthwise_rows<T, TAPS, STRIDE, 8>(a);
+    if (a.outputs >= 7) return depthwise_rows<T, TAPS, STRIDE, 7>(a);
+  }
+  depthwise_rows<T, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseRow<T>& a) {
-  if (a.tap_pixels == 1 && a.output_pixels == 1) switch (a.taps) {
-      case 1: return depthwise_row_wide<T, 1, 1>(a);
-      case 2: return depthwise_row_wide<T, 2, 1>(a);
-      case 3: return depthwise_row_wide<T, 3, 1>(a);
-      case 4: return depthwise_row_wide<T, 4, 1>(a);
-      case 5: return depthwise_row_wide<T, 5, 1>(a);
-      case 7: return depthwise_row_wide<T, 7, 1>(a);
+template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseOutputs<T>& a) {
+  bool tiles = a.outputs >= 4 && a.near() && a.tap_pixels == 1;
+  if (tiles && a.output_pixels == 1) switch (a.taps) {
+      case 1: return depthwise_tiles<T, 1, 1>(a);
+      case 2: return depthwise_tiles<T, 2, 1>(a);
+      case 3: return depthwise_tiles<T, 3, 1>(a);
+      case 4: return depthwise_tiles<T, 4, 1>(a);
+      case 5: return depthwise_tiles<T, 5, 1>(a);
+      case 7: return depthwise_tiles<T, 7, 1>(a);
     }
-  if (a.tap_pixels == 1 && a.output_pixels == 2) switch (a.taps) {
-      case 3: return depthwise_row_wide<T, 3, 2>(a);
-      case 5: return depthwise_row_wide<T, 5, 2>(a);
-      case 7: return depthwise_row_wide<T, 7, 2>(a);
+  if (tiles && a.output_pixels == 2) switch (a.taps) {
+      case 3: return depthwise_tiles<T, 3, 2>(a);
+      case 5: return depthwise_tiles<T, 5, 2>(a);
+      case 7: return depthwise_tiles<T, 7, 2>(a);
     }
-  depthwise_row_any(a);
+  depthwise_rows_any(a);
 }
 
-// Two rows of the outputs' gradients, all channels of a block, and the source lines under them: for each tap, the sum of
-// gradient times source.
-template <class T> struct DepthwiseGrad {
-  struct Line {
-    const T* source;  // of output 0, tap 0, first channel; may be off the image
-    T* sums[2];       // for each row of outputs, tap 0 of the first vector of channels, [tap][lanes]; null: not under it
-  } lines[2 * kMaxDepthwiseRows];
-  int line_count;
-  int64_t taps, sums_vector;          // elements of sums from vector to vector of channels
-  int64_t tap_pixels, output_pixels;  // source pixels from tap to tap and from output to output
-  int64_t pixel;                      // source elements from pixel to pixel
-  int64_t origin, columns;            // column of output 0, tap 0; columns of the source that exist
-  int64_t outputs;                    // of a row
-  int64_t channels;
-  const T* grad;                      // output 0
-  int64_t grad_row, grad_pixel;       // elements; grad_row is 0 where there is only one row
-  int64_t ahead, row;                 // elements from the last line to the next source rows, and from row to row
-  int ahead_rows;                     // how many to ask of memory meanwhile, and as many rows of gradients as there are
+template <class T> struct DepthwiseGrads : DepthwiseLines<T, T> {
+  const T* grad;                      // of output 0 of the first row
+  int64_t grad_row, grad_pixel;       // elements from row to row and from output to output
 };
 
-// A tile: 2 x QT gradients of a vector of channels, in registers. A source vector is loaded once for all taps and outputs
-// of both rows that it meets, and the products of a line are summed up tap by tap before they are added to memory: a 3 x 3
-// filter at stride 1 and QT = 8 cost 40 loads of the source, 16 of gradients and 18 of sums for 144 multiply-adds.
-// EDGE: bit j of `inside` says whether source pixel j of the tile exists.
-template <class T, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
-CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+// 2 x QT gradients, and the sums of a line, which are added to memory: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the
+// source, 16 of gradients and 18 of sums for 144 multiply-adds.
+template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
+CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
   auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
-  const T* g = a.grad + q * a.grad_pixel + channel;
   vec<T> grad[2][QT];
-  CONVKIT_UNROLL for (int o = 0; o < 2; ++o)
-    CONVKIT_UNROLL for (int t = 0; t < QT; ++t) grad[o][t] = held(fetch(g + o * a.grad_row + t * a.grad_pixel));
-  int64_t from = q * STRIDE * a.pixel + channel, sums_from = channel / L * a.sums_vector;
-  for (int i = 0; i < a.line_count; ++i) {
-    const auto& line = a.lines[i];
-    // Under rows [FIRST, LAST) of the outputs.
-    auto add = [&]<int FIRST, int LAST>(std::integer_sequence<int, FIRST, LAST>) __attribute__((always_inline)) {
+  CONVKIT_UNROLL for (int o = 0; o < 2; ++o) {
+    const T* g = a.grad + (o < a.rows ? o * a.grad_row : 0) + q * a.grad_pixel + channel;
+    CONVKIT_UNROLL for (int t = 0; t < QT; ++t, g = held(g + a.grad_pixel)) grad[o][t] = held(fetch(g));
+  }
+  int64_t from = (a.origin + q * STRIDE) * a.pixel + channel, taps_from = channel / L * a.tap_vector, pixel = a.pixel;
+  const auto* line = a.lines;
+  // Under rows [FIRST, LAST) of the outputs.
+  auto add = [&]<int FIRST, int LAST>(std::integer_sequence<int, FIRST, LAST>, const auto* end) __attribute__((always_inline)) {
+    for (; line != end; ++line) {
       vec<T> sum[2][TAPS];
       CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
         CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[o][s] = vec<T>{};
-      const T* x = line.source + from;
-      CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + a.pixel)) {
-        if (EDGE && (inside & 1u << j) == 0) continue;
+      const T* x = line->source + from;
+      uint32_t exists = held(inside);
+      CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + pixel)) {
+        if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
+        if ((j < TAPS - 1 || j > PIXELS - TAPS) && (exists & 1u << j) == 0) continue;
         vec<T> xj = held(fetch(x));
         CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
           CONVKIT_UNROLL for (int t = 0; t < QT; ++t) {
@@ -206,61 +234,54 @@ CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, ui
             if (s >= 0 && s < TAPS) sum[o][s] += grad[o][t] * xj;
           }
       }
-      CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
-        CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) {
-          T* to = line.sums[o] + sums_from + s * L;
-          store(to, load(to) + sum[o][s]);
-        }
-    };
-    if (line.sums[1] == nullptr) add(std::integer_sequence<int, 0, 1>{});
-    else if (line.sums[0] == nullptr) add(std::integer_sequence<int, 1, 2>{});
-    else add(std::integer_sequence<int, 0, 2>{});
-  }
+      CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o) {
+        T* to = line->taps[o] + taps_from;
+        CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) store(to + s * L, load(to + s * L) + sum[o][s]);
+      }
+    }
+  };
+  add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
+  add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
+  add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
+  depthwise_ahead<T, QT * STRIDE>(a, number);
   if (a.ahead_rows > 0) {
-    const T* next = a.lines[a.line_count - 1].source + from + a.ahead;
-    for (int r = 0; r < a.ahead_rows; ++r, next += a.row)
-      CONVKIT_UNROLL for (int j = 0; j < QT * STRIDE; ++j) __builtin_prefetch(next + j * a.pixel, 0, 2);
-    CONVKIT_UNROLL for (int o = 2; o < 4; ++o)
-      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) __builtin_prefetch(g + o * a.grad_row + t * a.grad_pixel, 0, 2);
+    const T* next = a.grad + 2 * a.grad_row + number * QT * L;
+    CONVKIT_UNROLL for (int o = 0; o < 2; ++o, next += a.grad_row)
+      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) __builtin_prefetch(next + t * L, 0, 2);
   }
 }
 
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_grad(const DepthwiseGrad<T>& a, int64_t q = 0) {
-  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  int64_t whole = a.channels / L * L;
-  for (; q + QT <= a.outputs; q += QT) {
-    int64_t column = a.origin + q * STRIDE;
-    int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(PIXELS, a.columns - column));
-    uint32_t inside = begin >= PIXELS ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-    if (begin == 0 && end == PIXELS)
-      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<T, TAPS, STRIDE, QT, false, true>(a, q, inside, c, L);
-    else
-      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<T, TAPS, STRIDE, QT, true, true>(a, q, inside, c, L);
-    if (whole < a.channels) depthwise_grad_tile<T, TAPS, STRIDE, QT, true, false>(a, q, inside, whole, int(a.channels - whole));
-  }
+template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<T>& a, int64_t from = 0) {
+  int64_t tiled = (a.outputs - from) / QT * QT;
+  depthwise_each_tile<T, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+    q += from;
+    uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
+    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
+    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+  });
   if constexpr (QT > 1)
-    if (q < a.outputs) depthwise_grad<T, TAPS, STRIDE, 1>(a, q);
+    if (from + tiled < a.outputs) depthwise_rows<T, TAPS, STRIDE, 1>(a, from + tiled);
 }
 
 // Any number of taps at any step.
-template <class T> __attribute__((noinline)) void depthwise_grad_any(const DepthwiseGrad<T>& a) {
+template <class T> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseGrads<T>& a) {
   constexpr int L = kLanes<T>, AT_ONCE = 5;
   for (int64_t c = 0; c < a.channels; c += L) {
     int lanes = int(min_of<int64_t>(L, a.channels - c));
     auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
-    for (int i = 0; i < a.line_count; ++i)
+    for (int64_t i = 0; i < a.upto[2]; ++i)
       for (int o = 0; o < 2; ++o)
-        for (int64_t s0 = 0; a.lines[i].sums[o] != nullptr && s0 < a.taps; s0 += AT_ONCE) {
+        for (int64_t s0 = 0; a.lines[i].taps[o] != nullptr && s0 < a.taps; s0 += AT_ONCE) {
           vec<T> sum[AT_ONCE] = {};
           for (int64_t q = 0; q < a.outputs; ++q) {
             vec<T> grad = fetch(a.grad + o * a.grad_row + q * a.grad_pixel + c);
             CONVKIT_UNROLL for (int s = 0; s < AT_ONCE; ++s) {
-              int64_t at = q * a.output_pixels + (s0 + s) * a.tap_pixels;
-              if (s0 + s < a.taps && a.origin + at >= 0 && a.origin + at < a.columns) sum[s] += grad * fetch(a.lines[i].source + at * a.pixel + c);
+              int64_t column = a.origin + q * a.output_pixels + (s0 + s) * a.tap_pixels;
+              if (s0 + s < a.taps && column >= 0 && column < a.columns) sum[s] += grad * fetch(a.lines[i].source + column * a.pixel + c);
             }
           }
-          T* to = a.lines[i].sums[o] + c / L * a.sums_vector + s0 * L;
+          T* to = a.lines[i].taps[o] + c / L * a.tap_vector + s0 * L;
           CONVKIT_UNROLL for (int s = 0; s < AT_ONCE; ++s)
             if (s0 + s < a.taps) store(to + s * L, load(to + s * L) + sum[s]);
         }
@@ -268,21 +289,21 @@ template <class T> __attribute__((noinline)) void depthwise_grad_any(const Depth
 }
 
 // The tile that leaves the fewest outputs over.
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_grad_tiles(const DepthwiseGrad<T>& a) {
+template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseGrads<T>& a) {
   if constexpr (kVectorBytes == 64) {
-    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_grad<T, TAPS, STRIDE, 8>(a);
-    if (a.outputs % 7 <= a.outputs % 4) return depthwise_grad<T, TAPS, STRIDE, 7>(a);
+    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_rows<T, TAPS, STRIDE, 8>(a);
+    if (a.outputs % 7 <= a.outputs % 4) return depthwise_rows<T, TAPS, STRIDE, 7>(a);
   }
-  depthwise_grad<T, TAPS, STRIDE, 4>(a);
+  depthwise_rows<T, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_grad_dispatch(const DepthwiseGrad<T>& a) {
-  if (a.tap_pixels == 1 && a.output_pixels <= 2) switch (a.taps) {
-      case 3: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 3, 1>(a) : depthwise_grad_tiles<T, 3, 2>(a);
-      case 5: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 5, 1>(a) : depthwise_grad_tiles<T, 5, 2>(a);
-      case 7: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 7, 1>(a) : depthwise_grad_tiles<T, 7, 2>(a);
+template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseGrads<T>& a) {
+  if (a.near() && a.tap_pixels == 1 && a.output_pixels <= 2) switch (a.taps) {
+      case 3: return a.output_pixels == 1 ? depthwise_tiles<T, 3, 1>(a) : depthwise_tiles<T, 3, 2>(a);
+      case 5: return a.output_pixels == 1 ? depthwise_tiles<T, 5, 1>(a) : depthwise_tiles<T, 5, 2>(a);
+      case 7: return a.output_pixels == 1 ? depthwise_tiles<T, 7, 1>(a) : depthwise_tiles<T, 7, 2>(a);
     }
-  depthwise_grad_any(a);
+  depthwise_rows_any(a);
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

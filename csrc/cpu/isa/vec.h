@@ -161,18 +161,18 @@ template <class T> CONVKIT_INLINE void transpose(vec<T>* row) { transpose_steps<
 // Keeps a value in a register: the compiler would rather load it again for each multiply-add that takes it, and compute
 // the address of every load from the start, and the loads or the decoder then bound the loop.
 template <class V> CONVKIT_INLINE V held(V v) {
+  if constexpr (std::is_integral_v<V> || std::is_pointer_v<V>) {
+    __asm__("" : "+r"(v));
+  } else {
 #if defined(__x86_64__) && defined(__AVX512F__)
-  __asm__("" : "+v"(v));
+    __asm__("" : "+v"(v));
 #elif defined(__x86_64__)
-  __asm__("" : "+x"(v));
+    __asm__("" : "+x"(v));
 #elif defined(__aarch64__)
-  __asm__("" : "+w"(v));
+    __asm__("" : "+w"(v));
 #endif
+  }
   return v;
-}
-template <class T> CONVKIT_INLINE const T* held(const T* p) {
-  __asm__("" : "+r"(p));
-  return p;
 }
 
 typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2), may_alias));
