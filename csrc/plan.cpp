@@ -106,7 +106,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.merge_taps = !b.input_grad && merge_few_channels(a);
   b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
   b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
-  b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * element, f);
+  b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * storage_bytes(a.dtype), f);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : b.src_h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
@@ -170,7 +170,7 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
   b.left = std::max<int64_t>(0, -leftmost);
   b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
-  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * element, f);
+  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * storage_bytes(a.dtype), f);
   b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
   auto source_rows = [&](int64_t rows) {
     return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
@@ -277,19 +277,23 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   };
   auto strip_of = [&](int64_t columns) { return input_grad ? columns - ceil_div(reach_w, a.stride_w) : (columns - reach_w - 1) / a.stride_w + 1; };
   int64_t needed = std::min<int64_t>(8, dst_w);
-  b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
+  // Channels-last 16-bit values are widened as they are loaded, but sums of filters so tall that they are put down between
+  // runs of rows would be rounded twice.
+  bool tall = a.r > kMaxDepthwiseRows && storage_bytes(a.dtype) != element;
+  b.stage = tall || (a.layout == Layout::nchw && a.c != 1 && std::max(a.h * a.w, a.p * a.q) != 1);
+  int64_t value = b.stage ? element : storage_bytes(a.dtype);  // bytes of what the kernels read
   // Where that cannot be because pixels are a multiple of half a page apart, memory is at least gone through in order.
-  bool in_order = !b.stage && a.c * element % 2048 == 0;
-  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : 64;
+  bool in_order = !b.stage && a.c * value % 2048 == 0;
+  b.channel_block = in_order ? a.c : b.stage && a.layout == Layout::nchw ? std::max<int64_t>(16, lanes) : std::max<int64_t>(64, 256 / value);
   bool planes = b.stage && a.layout == Layout::nchw;
   // The work of preparing a row is shared by the channels.
   while (planes && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
   // The weight gradient goes through rows with all channels whose sums stay in the first-level cache.
   if (pass == Pass::weight_grad && !b.stage) b.channel_block = std::max<int64_t>(lanes, kDepthwiseSumsBytes / (a.r * a.s * element) / lanes * lanes);
   b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
-  int64_t block_bytes = b.channel_block * element;
-  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * element, block_bytes)) / 8 * 8);
-  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
+  int64_t block_bytes = b.channel_block * value;
+  b.strip = std::max<int64_t>(needed, strip_of(source_columns(b.stage ? block_bytes : a.c * value, block_bytes)) / 8 * 8);
+  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * storage_bytes(a.dtype), f);
 
   if (input_grad) {
     b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));

@@ -93,9 +93,12 @@ struct OuterPlan {
   int64_t scratch_bytes;    // of one thread
 };
 
+// Filter rows that a depthwise kernel takes at once; taller filters go in several runs.
+constexpr int kMaxDepthwiseRows = 16;
+
 // Depthwise, all three passes: a vector of channels at a time.
 struct DepthwisePlan {
-  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, conflicts in the cache)
+  bool stage;               // through a padded channels-last copy (contiguous layout, tall filters of 16-bit values)
   bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;

@@ -2,10 +2,10 @@
 //
 // A task takes an image, a block of channels and a block of rows, and goes over it in strips of columns so narrow that
 // the source rows under a filter stay in the first-level cache from one row of outputs to the next. The weight gradient
-// writes nothing that needs the caches' room, and takes whole rows, in the order of memory. Channels-last float32
-// and float64 images are read and written where they are; everything else (contiguous layout, 16-bit types) goes through a
-// channels-last copy of just the task's part, while the next task's is on its way from memory. Small contiguous images
-// are copied as they are, all pixels in one run, larger ones row by row with the padding.
+// writes nothing that needs the caches' room, and takes whole rows, in the order of memory. Channels-last images are
+// read and written where they are, 16-bit values widened as they are loaded; contiguous ones go through a channels-last
+// copy of just the task's part, while the next task's is on its way from memory. Small contiguous images are copied as they
+// are, all pixels in one run, larger ones row by row with the padding.
 #include "../kernels.h"
 #include "depthwise_run.h"
 #include "staging.h"
@@ -28,10 +28,10 @@ template <class S> struct Depthwise {
   int64_t src_h = input_grad ? p.p : p.h, src_w = input_grad ? p.q : p.w;
   int64_t dst_h = input_grad ? p.h : p.p, dst_w = input_grad ? p.w : p.q;
   int64_t blocks = ceil_div(p.c, plan.channel_block), vectors = ceil_div(p.c, L), filter = p.r * p.s * L;
-  // Where the caller's tensor is as the kernels want it, they write it themselves.
-  bool direct = !plan.stage || (sizeof(S) == sizeof(T) && p.layout == Layout::nhwc);
-  bool aligned = plan.stream && sizeof(S) == sizeof(T) && streamable(a.dst);
-  bool streamed = aligned && direct && p.c % L == 0;
+  // Where the caller's tensor is as the kernels want it, they read and write it themselves.
+  bool direct = !plan.stage;
+  bool aligned = plan.stream && (direct || sizeof(S) == sizeof(T)) && streamable(a.dst);
+  bool streamed = aligned && direct && p.c % kStreamed<S> == 0;
   // Contiguous rows of outputs are whole lines, or the images of a block's channels together are, through one more copy.
   bool streamed_planes = aligned && !direct && dst_h * dst_w % L == 0 && plan.rows_per_task * dst_w % L == 0;
   bool streamed_block = aligned && !direct && !streamed_planes && plan.rows_per_task == dst_h && p.c * dst_h * dst_w % L == 0;
@@ -60,8 +60,8 @@ template <class S> struct Depthwise {
 
   // Source pixel (first_row, first_column) of a block's first channel; pixels are `pixel` and rows `row` elements apart;
   // rows x columns of them exist.
-  struct Source {
-    const T* at;
+  template <class D> struct Source {
+    const D* at;
     int64_t first_row, rows, first_column, columns, pixel, row;
   };
 
@@ -79,10 +79,11 @@ template <class S> struct Depthwise {
   };
 
   // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0), and so is `residual`, if any.
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, bool relu, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
+  // D is S, or T where both are copies.
+  template <class D> void output_rows(const Source<D>& src, int64_t first, int64_t last, D* out, const D* residual, bool relu, int64_t out_pixel, int64_t channel, int64_t channels, Ahead& coming) const {
     int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, output_pixels = input_grad ? 1 : p.stride_w;
     const T* weight = weights + channel / L * filter;
-    DepthwiseRow<T> run;
+    DepthwiseRow<D> run;
     run.weight_vector = filter;
     run.output_pixels = output_pixels;
     run.pixel = src.pixel;
@@ -153,25 +154,22 @@ template <class S> struct Depthwise {
         int64_t first = piece * plan.rows_per_task, last = min_of(dst_h, first + plan.rows_per_task);
         const S* from = src + image * src_h * src_w * p.c;
         S* to = dst + image * dst_h * dst_w * p.c;
-        Source part{reinterpret_cast<const T*>(from) + channel, 0, src_h, 0, src_w, p.c, src_w * p.c};
         Ahead coming;
-        if (plan.stage) {
-          part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
-          if (task + 1 < end) {
-            int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
-            Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
-            coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, last - first);
-          }
-        }
         if (direct) {
-          int64_t at = (image * dst_h + first) * dst_w * p.c + channel;
-          const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + at;
-          output_rows(part, first, last, static_cast<T*>(a.dst) + at, residual, a.relu, p.c, channel, channels, coming);
-        } else {
-          T* out = scratch(thread) + plan.staged_elements;
-          output_rows(part, first, last, out, nullptr, a.relu && a.residual == nullptr, plan.channel_block, channel, channels, coming);
-          with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
+          int64_t at = first * dst_w * p.c + channel;
+          const S* residual = a.residual == nullptr ? nullptr : static_cast<const S*>(a.residual) + (to - dst) + at;
+          output_rows<S>({from + channel, 0, src_h, 0, src_w, p.c, src_w * p.c}, first, last, to + at, residual, a.relu, p.c, channel, channels, coming);
+          continue;
         }
+        Source<T> part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
+        if (task + 1 < end) {
+          int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
+          Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
+          coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, last - first);
+        }
+        T* out = scratch(thread) + plan.staged_elements;
+        output_rows<T>(part, first, last, out, nullptr, a.relu && a.residual == nullptr, plan.channel_block, channel, channels, coming);
+        with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
       }
       if (aligned) fence();
     });
@@ -204,7 +202,7 @@ template <class S> struct Depthwise {
     return {at, part, h * w * bytes, channels, step};
   }
 
-  Source stage(const S* image, Range rows, int64_t channel, int64_t channels, T* to) const {
+  Source<T> stage(const S* image, Range rows, int64_t channel, int64_t channels, T* to) const {
     int64_t width = plan.staged_last - plan.staged_first, row_size = width * plan.channel_block, left = -plan.staged_first;
     if (width == src_w)
       stage_pixels(image, p.layout, src_h * src_w, p.c, rows.begin * src_w, (rows.end - rows.begin) * src_w, channel, channels, to, plan.channel_block);
@@ -233,23 +231,21 @@ template <class S> struct Depthwise {
           int64_t image = unit / pieces, first = unit % pieces * plan.rows_per_task, last = min_of(p.p, first + plan.rows_per_task);
           const S* image_grad = grad + image * p.p * p.q * p.c;
           const S* image_x = x + image * p.h * p.w * p.c;
-          Source part{reinterpret_cast<const T*>(image_x) + channel, 0, p.h, 0, p.w, p.c, p.w * p.c};
-          const T* part_grad = reinterpret_cast<const T*>(image_grad) + first * p.q * p.c + channel;
-          int64_t grad_pixel = p.c;
           Ahead coming_x, coming_grad;
-          if (plan.stage) {
-            part = stage(image_x, clipped(source_rows(first, last), p.h), channel, channels, scratch(thread));
-            T* staged_grad = scratch(thread) + plan.staged_elements;
-            grad_pixel = plan.channel_block;
-            stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, staged_grad, grad_pixel);
-            part_grad = staged_grad;
-            if (unit + 1 < units * (split + 1) / plan.splits) {
-              int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(last - first, 2);
-              coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns);
-              coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
-            }
+          if (direct) {
+            const S* part_grad = image_grad + first * p.q * p.c + channel;
+            accumulate<S>({image_x + channel, 0, p.h, 0, p.w, p.c, p.w * p.c}, part_grad, p.c, first, last, channels, sums, coming_x, coming_grad);
+            continue;
           }
-          accumulate(part, part_grad, grad_pixel, first, last, channels, sums, coming_x, coming_grad);
+          Source<T> part = stage(image_x, clipped(source_rows(first, last), p.h), channel, channels, scratch(thread));
+          T* part_grad = scratch(thread) + plan.staged_elements;
+          stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, part_grad, plan.channel_block);
+          if (unit + 1 < units * (split + 1) / plan.splits) {
+            int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(last - first, 2);
+            coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns);
+            coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
+          }
+          accumulate<T>(part, part_grad, plan.channel_block, first, last, channels, sums, coming_x, coming_grad);
         }
       }
     });
@@ -268,9 +264,10 @@ template <class S> struct Depthwise {
   }
 
   // Adds output rows [first, last) to sums[vector of channels][r][s]; grad is pixel (first, 0).
-  void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
+  template <class D>
+  void accumulate(const Source<D>& src, const D* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
                   Ahead& coming_x, Ahead& coming_grad) const {
-    DepthwiseGrad<T> run;
+    DepthwiseGrad<D> run;
     run.taps = p.s, run.sums_vector = filter;
     run.tap_pixels = p.dilation_w, run.output_pixels = p.stride_w;
     run.pixel = src.pixel, run.row = src.row;

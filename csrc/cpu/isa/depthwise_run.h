@@ -6,15 +6,15 @@
 // Blocks of outputs that see the edge of the image skip what is outside of it; all others ask no questions.
 #pragma once
 
+#include "../../plan.h"
 #include "vec.h"
 
 namespace convkit::cpu::CONVKIT_ISA {
 
-constexpr int kMaxDepthwiseRows = 16;  // filter rows a run takes at once; taller filters go in several runs
-
-// A row of outputs: some of its columns, all channels of a block.
-template <class T> struct DepthwiseRow {
-  const T* rows[kMaxDepthwiseRows];     // source of output 0, tap 0, first channel, by filter row; may be off the image
+// A row of outputs: some of its columns, all channels of a block. S is what the source and the outputs are stored as.
+template <class S> struct DepthwiseRow {
+  using T = compute_t<S>;
+  const S* rows[kMaxDepthwiseRows];     // source of output 0, tap 0, first channel, by filter row; may be off the image
   const T* weights[kMaxDepthwiseRows];  // tap 0 of the first vector of channels, by filter row
   int row_count;
   int64_t taps, weight_step, weight_vector;  // elements of weight from tap to tap and from vector to vector
@@ -23,27 +23,28 @@ template <class T> struct DepthwiseRow {
   int64_t origin, columns;              // column of output 0, tap 0; columns of the source that exist
   int64_t first, last;                  // outputs to compute
   int64_t channels;
-  T* out;                               // output 0
+  S* out;                               // output 0
   int64_t out_step;
   int64_t ahead;                        // elements from the last filter row to the source row worth fetching early, or 0
   bool accumulate;                      // add to what `out` holds: later runs of a tall filter
   bool streamed;                        // write past the caches; `out` and out_step are whole vectors then
   const T *scale, *shift;               // per channel, or null
-  const T* residual;                    // of output 0, in the order of `out`, or null
+  const S* residual;                    // of output 0, in the order of `out`, or null
   bool relu;
 };
 
 // Outputs [q, q + count), count <= QT, of the vector of channels at `channel`. EDGE: bit j of `inside` says whether source
-// pixel j of the block exists.
-template <class T, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
-CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int count, uint32_t inside, int64_t channel, int lanes) {
+// pixel j of the block exists. `line`, of QT x 2 vectors: where 16-bit outputs wait for those of the neighbouring channels.
+template <class S, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
+CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<S>& a, int64_t q, int count, uint32_t inside, int64_t channel, int lanes, S* line = nullptr) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
+  auto fetch = [&](const auto* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> sum[QT];
   CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = vec<T>{};
   int64_t from = q * STRIDE * a.pixel + channel;
   for (int r = 0; r < a.row_count; ++r) {
-    const T* x = a.rows[r] + from;
+    const S* x = a.rows[r] + from;
     const T* taps = a.weights[r] + channel / L * a.weight_vector;
     vec<T> w[TAPS];
     CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[s] = held(load(taps + s * a.weight_step));
@@ -59,10 +60,10 @@ CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int c
     }
   }
   if (a.ahead != 0) {
-    const T* next = a.rows[a.row_count - 1] + from + a.ahead;
+    const S* next = a.rows[a.row_count - 1] + from + a.ahead;
     CONVKIT_UNROLL for (int j = 0; j < QT * STRIDE; ++j, next = held(next + a.pixel)) __builtin_prefetch(next);
   }
-  T* out = a.out + q * a.out_step + channel;
+  S* out = a.out + q * a.out_step + channel;
   int64_t out_step = a.out_step;
   bool streamed = a.streamed;
   if (a.accumulate)
@@ -76,21 +77,44 @@ CONVKIT_INLINE void depthwise_outputs(const DepthwiseRow<T>& a, int64_t q, int c
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] += shift;
   }
   if (a.residual != nullptr) {
-    const T* residual = a.residual + q * out_step + channel;
+    const S* residual = a.residual + q * out_step + channel;
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) if (!EDGE || t < count) sum[t] += fetch(residual + t * out_step);
   }
   if (a.relu)
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[t] = relu<T>(sum[t]);
+  if constexpr (sizeof(S) != sizeof(T))
+    if (line != nullptr) out = line, out_step = kStreamed<S>;
   CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out += out_step) {
     if (EDGE && t >= count) break;
-    if (!WHOLE) store_n(out, sum[t], lanes);
-    else if (streamed) stream(out, sum[t]);
-    else store(out, sum[t]);
+    if (!WHOLE) {
+      store_n(out, sum[t], lanes);
+      continue;
+    }
+    if constexpr (sizeof(S) == sizeof(T))
+      if (streamed) {
+        stream(out, sum[t]);
+        continue;
+      }
+    store(out, sum[t]);
   }
 }
 
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_row(const DepthwiseRow<T>& a) {
-  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
+// The same for the two vectors of channels that 16-bit outputs are streamed by.
+template <class S, int TAPS, int STRIDE, int QT, bool EDGE>
+CONVKIT_INLINE void depthwise_outputs_streamed(const DepthwiseRow<S>& a, int64_t q, int count, uint32_t inside, int64_t channel) {
+  constexpr int L = kLanes<compute_t<S>>;
+  alignas(64) S line[QT * 2 * L];
+  for (int half = 0; half < 2; ++half) depthwise_outputs<S, TAPS, STRIDE, QT, EDGE, true>(a, q, count, inside, channel + half * L, L, line + half * L);
+  S* out = a.out + q * a.out_step + channel;
+  for (int t = 0; t < count; ++t, out += a.out_step) {
+    half_bits halves[2];
+    std::memcpy(halves, line + t * 2 * L, sizeof halves);
+    stream(out, halves[0], halves[1]);
+  }
+}
+
+template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_row(const DepthwiseRow<S>& a) {
+  constexpr int L = kLanes<compute_t<S>>, PIXELS = (QT - 1) * STRIDE + TAPS;
   int64_t whole = a.channels / L * L;
   for (int64_t q = a.first; q < a.last; q += QT) {
     int count = int(min_of<int64_t>(QT, a.last - q));
@@ -98,16 +122,26 @@ template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void 
     int64_t column = a.origin + q * STRIDE;
     int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(PIXELS, a.columns - column));
     uint32_t inside = begin >= PIXELS ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-    if (count == QT && begin == 0 && end == PIXELS)
-      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, false, true>(a, q, QT, inside, c, L);
+    bool clear = count == QT && begin == 0 && end == PIXELS;
+    if constexpr (sizeof(S) == 2)
+      if (a.streamed) {
+        if (clear)
+          for (int64_t c = 0; c < whole; c += 2 * L) depthwise_outputs_streamed<S, TAPS, STRIDE, QT, false>(a, q, QT, inside, c);
+        else
+          for (int64_t c = 0; c < whole; c += 2 * L) depthwise_outputs_streamed<S, TAPS, STRIDE, QT, true>(a, q, count, inside, c);
+        continue;
+      }
+    if (clear)
+      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<S, TAPS, STRIDE, QT, false, true>(a, q, QT, inside, c, L);
     else
-      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<T, TAPS, STRIDE, QT, true, true>(a, q, count, inside, c, L);
-    if (whole < a.channels) depthwise_outputs<T, TAPS, STRIDE, QT, true, false>(a, q, count, inside, whole, int(a.channels - whole));
+      for (int64_t c = 0; c < whole; c += L) depthwise_outputs<S, TAPS, STRIDE, QT, true, true>(a, q, count, inside, c, L);
+    if (whole < a.channels) depthwise_outputs<S, TAPS, STRIDE, QT, true, false>(a, q, count, inside, whole, int(a.channels - whole));
   }
 }
 
 // Any number of taps at any step: dilation, wide filters, strides beyond 2.
-template <class T> __attribute__((noinline)) void depthwise_row_any(const DepthwiseRow<T>& a) {
+template <class S> __attribute__((noinline)) void depthwise_row_any(const DepthwiseRow<S>& a) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>;
   for (int64_t q = a.first; q < a.last; ++q)
     for (int64_t c = 0; c < a.channels; c += L) {
@@ -118,49 +152,57 @@ template <class T> __attribute__((noinline)) void depthwise_row_any(const Depthw
         for (int64_t s = 0; s < a.taps; ++s) {
           int64_t at = q * a.output_pixels + s * a.tap_pixels;
           if (a.origin + at < 0 || a.origin + at >= a.columns) continue;
-          const T* x = a.rows[r] + at * a.pixel + c;
+          const S* x = a.rows[r] + at * a.pixel + c;
           sum += (lanes == L ? load(x) : load_n(x, lanes)) * load(w + s * a.weight_step);
         }
       }
-      T* out = a.out + q * a.out_step + c;
-      auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+      S* out = a.out + q * a.out_step + c;
+      auto fetch = [&](const auto* p) { return lanes == L ? load(p) : load_n(p, lanes); };
       if (a.accumulate) sum += fetch(out);
       if (a.scale != nullptr) sum *= fetch(a.scale + c);
       if (a.shift != nullptr) sum += fetch(a.shift + c);
       if (a.residual != nullptr) sum += fetch(a.residual + q * a.out_step + c);
       if (a.relu) sum = relu<T>(sum);
-      if (lanes != L) store_n(out, sum, lanes);
-      else if (a.streamed) stream(out, sum);
-      else store(out, sum);
+      if (lanes != L) {
+        store_n(out, sum, lanes);
+        continue;
+      }
+      if constexpr (sizeof(S) == sizeof(T))
+        if (a.streamed) {
+          stream(out, sum);
+          continue;
+        }
+      store(out, sum);
     }
 }
 
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_row_wide(const DepthwiseRow<T>& a) {
-  return a.last - a.first > 4 ? depthwise_row<T, TAPS, STRIDE, 8>(a) : depthwise_row<T, TAPS, STRIDE, 4>(a);
+template <class S, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_row_wide(const DepthwiseRow<S>& a) {
+  return a.last - a.first > 4 ? depthwise_row<S, TAPS, STRIDE, 8>(a) : depthwise_row<S, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseRow<T>& a) {
+template <class S> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseRow<S>& a) {
   if (a.tap_pixels == 1 && a.output_pixels == 1) switch (a.taps) {
-      case 1: return depthwise_row_wide<T, 1, 1>(a);
-      case 2: return depthwise_row_wide<T, 2, 1>(a);
-      case 3: return depthwise_row_wide<T, 3, 1>(a);
-      case 4: return depthwise_row_wide<T, 4, 1>(a);
-      case 5: return depthwise_row_wide<T, 5, 1>(a);
-      case 7: return depthwise_row_wide<T, 7, 1>(a);
+      case 1: return depthwise_row_wide<S, 1, 1>(a);
+      case 2: return depthwise_row_wide<S, 2, 1>(a);
+      case 3: return depthwise_row_wide<S, 3, 1>(a);
+      case 4: return depthwise_row_wide<S, 4, 1>(a);
+      case 5: return depthwise_row_wide<S, 5, 1>(a);
+      case 7: return depthwise_row_wide<S, 7, 1>(a);
     }
   if (a.tap_pixels == 1 && a.output_pixels == 2) switch (a.taps) {
-      case 3: return depthwise_row_wide<T, 3, 2>(a);
-      case 5: return depthwise_row_wide<T, 5, 2>(a);
-      case 7: return depthwise_row_wide<T, 7, 2>(a);
+      case 3: return depthwise_row_wide<S, 3, 2>(a);
+      case 5: return depthwise_row_wide<S, 5, 2>(a);
+      case 7: return depthwise_row_wide<S, 7, 2>(a);
     }
   depthwise_row_any(a);
 }
 
 // Two rows of the outputs' gradients, all channels of a block, and the source lines under them: for each tap, the sum of
-// gradient times source.
-template <class T> struct DepthwiseGrad {
+// gradient times source. S is what both are stored as.
+template <class S> struct DepthwiseGrad {
+  using T = compute_t<S>;
   struct Line {
-    const T* source;  // of output 0, tap 0, first channel; may be off the image
+    const S* source;  // of output 0, tap 0, first channel; may be off the image
     T* sums[2];       // for each row of outputs, tap 0 of the first vector of channels, [tap][lanes]; null: not under it
   } lines[2 * kMaxDepthwiseRows];
   int line_count;
@@ -170,7 +212,7 @@ template <class T> struct DepthwiseGrad {
   int64_t origin, columns;            // column of output 0, tap 0; columns of the source that exist
   int64_t outputs;                    // of a row
   int64_t channels;
-  const T* grad;                      // output 0
+  const S* grad;                      // output 0
   int64_t grad_row, grad_pixel;       // elements; grad_row is 0 where there is only one row
   int64_t ahead, row;                 // elements from the last line to the next source rows, and from row to row
   int ahead_rows;                     // how many to ask of memory meanwhile, and as many rows of gradients as there are
@@ -180,11 +222,12 @@ template <class T> struct DepthwiseGrad {
 // of both rows that it meets, and the products of a line are summed up tap by tap before they are added to memory: a 3 x 3
 // filter at stride 1 and QT = 8 cost 40 loads of the source, 16 of gradients and 18 of sums for 144 multiply-adds.
 // EDGE: bit j of `inside` says whether source pixel j of the tile exists.
-template <class T, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
-CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+template <class S, int TAPS, int STRIDE, int QT, bool EDGE, bool WHOLE>
+CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<S>& a, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
-  const T* g = a.grad + q * a.grad_pixel + channel;
+  auto fetch = [&](const S* p) { return WHOLE ? load(p) : load_n(p, lanes); };
+  const S* g = a.grad + q * a.grad_pixel + channel;
   vec<T> grad[2][QT];
   CONVKIT_UNROLL for (int o = 0; o < 2; ++o)
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) grad[o][t] = held(fetch(g + o * a.grad_row + t * a.grad_pixel));
@@ -196,7 +239,7 @@ CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, ui
       vec<T> sum[2][TAPS];
       CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
         CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[o][s] = vec<T>{};
-      const T* x = line.source + from;
+      const S* x = line.source + from;
       CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + a.pixel)) {
         if (EDGE && (inside & 1u << j) == 0) continue;
         vec<T> xj = held(fetch(x));
@@ -217,7 +260,7 @@ CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, ui
     else add(std::integer_sequence<int, 0, 2>{});
   }
   if (a.ahead_rows > 0) {
-    const T* next = a.lines[a.line_count - 1].source + from + a.ahead;
+    const S* next = a.lines[a.line_count - 1].source + from + a.ahead;
     for (int r = 0; r < a.ahead_rows; ++r, next += a.row)
       CONVKIT_UNROLL for (int j = 0; j < QT * STRIDE; ++j) __builtin_prefetch(next + j * a.pixel, 0, 2);
     CONVKIT_UNROLL for (int o = 2; o < 4; ++o)
@@ -226,29 +269,30 @@ CONVKIT_INLINE void depthwise_grad_tile(const DepthwiseGrad<T>& a, int64_t q, ui
 }
 
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_grad(const DepthwiseGrad<T>& a, int64_t q = 0) {
-  constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
+template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_grad(const DepthwiseGrad<S>& a, int64_t q = 0) {
+  constexpr int L = kLanes<compute_t<S>>, PIXELS = (QT - 1) * STRIDE + TAPS;
   int64_t whole = a.channels / L * L;
   for (; q + QT <= a.outputs; q += QT) {
     int64_t column = a.origin + q * STRIDE;
     int64_t begin = max_of<int64_t>(0, -column), end = max_of(begin, min_of<int64_t>(PIXELS, a.columns - column));
     uint32_t inside = begin >= PIXELS ? 0 : uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
     if (begin == 0 && end == PIXELS)
-      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<T, TAPS, STRIDE, QT, false, true>(a, q, inside, c, L);
+      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<S, TAPS, STRIDE, QT, false, true>(a, q, inside, c, L);
     else
-      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<T, TAPS, STRIDE, QT, true, true>(a, q, inside, c, L);
-    if (whole < a.channels) depthwise_grad_tile<T, TAPS, STRIDE, QT, true, false>(a, q, inside, whole, int(a.channels - whole));
+      for (int64_t c = 0; c < whole; c += L) depthwise_grad_tile<S, TAPS, STRIDE, QT, true, true>(a, q, inside, c, L);
+    if (whole < a.channels) depthwise_grad_tile<S, TAPS, STRIDE, QT, true, false>(a, q, inside, whole, int(a.channels - whole));
   }
   if constexpr (QT > 1)
-    if (q < a.outputs) depthwise_grad<T, TAPS, STRIDE, 1>(a, q);
+    if (q < a.outputs) depthwise_grad<S, TAPS, STRIDE, 1>(a, q);
 }
 
 // Any number of taps at any step.
-template <class T> __attribute__((noinline)) void depthwise_grad_any(const DepthwiseGrad<T>& a) {
+template <class S> __attribute__((noinline)) void depthwise_grad_any(const DepthwiseGrad<S>& a) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, AT_ONCE = 5;
   for (int64_t c = 0; c < a.channels; c += L) {
     int lanes = int(min_of<int64_t>(L, a.channels - c));
-    auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+    auto fetch = [&](const S* p) { return lanes == L ? load(p) : load_n(p, lanes); };
     for (int i = 0; i < a.line_count; ++i)
       for (int o = 0; o < 2; ++o)
         for (int64_t s0 = 0; a.lines[i].sums[o] != nullptr && s0 < a.taps; s0 += AT_ONCE) {
@@ -268,19 +312,19 @@ template <class T> __attribute__((noinline)) void depthwise_grad_any(const Depth
 }
 
 // The tile that leaves the fewest outputs over.
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_grad_tiles(const DepthwiseGrad<T>& a) {
+template <class S, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_grad_tiles(const DepthwiseGrad<S>& a) {
   if constexpr (kVectorBytes == 64) {
-    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_grad<T, TAPS, STRIDE, 8>(a);
-    if (a.outputs % 7 <= a.outputs % 4) return depthwise_grad<T, TAPS, STRIDE, 7>(a);
+    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_grad<S, TAPS, STRIDE, 8>(a);
+    if (a.outputs % 7 <= a.outputs % 4) return depthwise_grad<S, TAPS, STRIDE, 7>(a);
   }
-  depthwise_grad<T, TAPS, STRIDE, 4>(a);
+  depthwise_grad<S, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_grad_dispatch(const DepthwiseGrad<T>& a) {
+template <class S> CONVKIT_INLINE void depthwise_grad_dispatch(const DepthwiseGrad<S>& a) {
   if (a.tap_pixels == 1 && a.output_pixels <= 2) switch (a.taps) {
-      case 3: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 3, 1>(a) : depthwise_grad_tiles<T, 3, 2>(a);
-      case 5: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 5, 1>(a) : depthwise_grad_tiles<T, 5, 2>(a);
-      case 7: return a.output_pixels == 1 ? depthwise_grad_tiles<T, 7, 1>(a) : depthwise_grad_tiles<T, 7, 2>(a);
+      case 3: return a.output_pixels == 1 ? depthwise_grad_tiles<S, 3, 1>(a) : depthwise_grad_tiles<S, 3, 2>(a);
+      case 5: return a.output_pixels == 1 ? depthwise_grad_tiles<S, 5, 1>(a) : depthwise_grad_tiles<S, 5, 2>(a);
+      case 7: return a.output_pixels == 1 ? depthwise_grad_tiles<S, 7, 1>(a) : depthwise_grad_tiles<S, 7, 2>(a);
     }
   depthwise_grad_any(a);
 }
