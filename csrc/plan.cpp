@@ -104,7 +104,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.merge_taps = !b.input_grad && merge_few_channels(a);
   b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
   b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
-  b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * element, f);
+  b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * storage_bytes(a.dtype), f);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : b.src_h;
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
@@ -168,7 +168,7 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   int64_t rightmost = b.input_grad ? (phases - 1 + a.pad_left) / a.stride_w + b.outputs : (b.outputs - 1) * a.stride_w - a.pad_left + reach_w;
   b.left = std::max<int64_t>(0, -leftmost);
   b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
-  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * element, f);
+  b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * storage_bytes(a.dtype), f);
   b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
   auto source_rows = [&](int64_t rows) {
     return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
@@ -266,16 +266,16 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
   int64_t reach = a.dilation_h * (a.r - 1), reach_w = a.dilation_w * (a.s - 1);
 
-  b.stage = needs_staging(a.dtype, a.layout, a.c, std::max(a.h * a.w, a.p * a.q));
-  bool planes = b.stage && a.layout == Layout::nchw;
+  // Channels-last values are read and written where they are.
+  b.stage = a.layout == Layout::nchw && a.c != 1 && std::max(a.h * a.w, a.p * a.q) != 1;
+  int64_t stored = storage_bytes(a.dtype), line = lanes * element / stored;  // line: values that are streamed at once
   // Memory is gone through in order: whole pixels.
-  if (!b.stage) b.channel_block = std::max<int64_t>(lanes, kDepthwiseTapsBytes / (a.r * a.s * element) / lanes * lanes);
-  else b.channel_block = planes ? std::max<int64_t>(16, lanes) : 64;
+  b.channel_block = b.stage ? std::max<int64_t>(16, lanes) : std::max(line, kDepthwiseTapsBytes / (a.r * a.s * element) / line * line);
   // The work of preparing a row is shared by the channels.
-  while (planes && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
+  while (b.stage && b.channel_block < 64 && 2 * b.channel_block * (a.h * a.w + a.p * a.q) * element <= kDepthwisePlanesBytes) b.channel_block *= 2;
   b.channel_block = std::min(b.channel_block, ceil_div(a.c, lanes) * lanes);
   int64_t block_bytes = b.channel_block * element;
-  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * element, f);
+  b.stream = pass != Pass::weight_grad && streams(a.n * a.c * dst_h * dst_w * stored, f);
 
   if (input_grad) {
     b.staged_first = std::min<int64_t>(0, -ceil_div(std::max<int64_t>(0, reach_w - a.pad_left), a.stride_w));
@@ -285,7 +285,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     b.staged_last = std::max((a.q - 1) * a.stride_w - a.pad_left + reach_w + 1, a.w);
   }
   // Padding or dilation far beyond the image: edges cost less than that many zeros.
-  if (b.staged_last - b.staged_first > 4 * src_w + 64 || (planes && src_w <= kNarrowImage)) b.staged_first = 0, b.staged_last = src_w;
+  if (b.staged_last - b.staged_first > 4 * src_w + 64 || (b.stage && src_w <= kNarrowImage)) b.staged_first = 0, b.staged_last = src_w;
   int64_t width = b.staged_last - b.staged_first;
   auto source_rows = [&](int64_t rows) {
     return std::min(src_h, input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1);
@@ -298,7 +298,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
     b.rows_per_task = b.rows_per_task > 2 ? ceil_div(b.rows_per_task, 4) * 2 : 1;  // two at a time
   b.staged_elements = b.stage ? source_rows(b.rows_per_task) * width * b.channel_block : 0;
   b.lines_bytes = ceil_div(2 * a.r * 3 * 8, 64) * 64;
-  b.scratch_bytes = b.lines_bytes + (b.stage ? ceil_div(b.staged_elements * element + (planes ? 2 : 1) * b.rows_per_task * row_bytes, 64) * 64 : 0);
+  b.scratch_bytes = b.lines_bytes + (b.stage ? ceil_div(b.staged_elements * element + 2 * b.rows_per_task * row_bytes, 64) * 64 : 0);
   // A fixed number, whatever the threads: the order of the sums must not depend on them.
   b.splits = std::min<int64_t>(a.n * ceil_div(a.p, b.rows_per_task), 16);
 

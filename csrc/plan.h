@@ -95,7 +95,7 @@ struct OuterPlan {
 
 // Depthwise, all three passes: a vector of channels at a time.
 struct DepthwisePlan {
-  bool stage;               // through a padded channels-last copy (contiguous layout, 16-bit types, conflicts in the cache)
+  bool stage;               // through a padded channels-last copy (contiguous layout)
   bool stream;              // write past the caches
   int64_t channel_block;    // channels a task takes
   int64_t rows_per_task;

@@ -37,8 +37,8 @@ struct View {
     kind = s.hw == 1 || (s.c > 1 && s.layout == Layout::nhwc) ? pixels : s.hw < kSmallPlane ? images : planes;
     count = kind == pixels ? s.n * s.hw : kind == images ? s.n : s.n * s.c;
     length = kind == pixels ? s.c : kind == images ? s.c * s.hw : s.hw;
-    // Groups start on whole vectors, whatever the instruction set.
-    int64_t least = 16 / gcd(16, s.hw);
+    // Groups start on whole lines of 64 bytes, whatever the instruction set.
+    int64_t line = storage_bytes(s.dtype) == 2 ? 32 : 16, least = line / gcd(line, s.hw);
     group = kind == images ? min_of(s.c, least * max_of<int64_t>(1, kGroupLanes / (least * s.hw))) : 1;
   }
   int64_t mask_bytes() const { return (length + 7) / 8; }  // of a row: rows start on their own byte
@@ -62,12 +62,6 @@ template <class S> CONVKIT_INLINE vec<compute_t<S>> fetch(const S* p, int lanes)
 template <class S> CONVKIT_INLINE vec<compute_t<S>> fetch(const S* p, int lanes, int64_t ahead) {
   __builtin_prefetch(p + ahead, 0, 2);  // to the second-level cache, which has room for it
   return fetch(p, lanes);
-}
-template <class S> CONVKIT_INLINE void emit(S* p, vec<compute_t<S>> v, int lanes, bool streamed) {
-  if (lanes != kLanes<compute_t<S>>) return store_n(p, v, lanes);
-  if constexpr (sizeof(S) == sizeof(compute_t<S>))
-    if (streamed) return stream(p, v);
-  store(p, v);
 }
 
 // The first n lanes, zero in the others.
@@ -152,22 +146,42 @@ struct Place {
   int64_t at, row, j;
   int lanes;
   int64_t ahead;
+  // 16-bit values go past the caches two vectors at a time: which of them this is, or -1, and the first one's outputs.
+  int half = -1;
+  half_bits* first = nullptr;
 };
 
+// Stores at a place, the nth of the pass's outputs.
+template <int N = 0, class S> CONVKIT_INLINE void emit(S* p, vec<compute_t<S>> v, const Place& place, bool streamed) {
+  if (place.lanes != kLanes<compute_t<S>>) return store_n(p, v, place.lanes);
+  if constexpr (sizeof(S) == sizeof(compute_t<S>)) {
+    if (streamed) return stream(p, v);
+  } else if (streamed && place.half >= 0) {
+    if (place.half == 0) place.first[N] = narrow<S>(v);
+    else stream(p - kStreamed<S> / 2, place.first[N], narrow<S>(v));
+    return;
+  }
+  store(p, v);
+}
+
 // f(place, values) for the elements [first, last) of a row; the first `head` of them apart, so that the rest is aligned.
-template <class T, int K, class Values, class F>
+template <class S, int K, class Values, class F>
 CONVKIT_INLINE void each_vector(int64_t row, int64_t start, int64_t first, int64_t last, int64_t head, int64_t ahead, const Values& values, F&& f) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>;
-  vec<T> k[K];
-  int64_t j = first;
-  auto some = [&](int lanes) {
+  int64_t j = first, aligned = min_of(first + head, last);
+  half_bits halves[2];
+  // Inlined, as a call would cost more than what it does.
+  auto some = [&](int lanes, int half) __attribute__((always_inline)) {
+    vec<T> k[K];
     values.at(j - first, k);
-    f(Place{start + j, row, j, lanes, ahead}, k);
+    f(Place{start + j, row, j, lanes, ahead, half, halves}, k);
     j += lanes;
   };
-  if (head > 0) some(int(min_of(head, last - first)));
-  while (j + L <= last) some(L);
-  if (j < last) some(int(last - j));
+  while (j < aligned) some(int(min_of<int64_t>(L, aligned - j)), -1);
+  while (sizeof(S) == 2 && j + 2 * L <= last) some(L, 0), some(L, 1);
+  while (j + L <= last) some(L, -1);
+  if (j < last) some(int(last - j), -1);
 }
 
 // sums[N][lanes] += term(place, values, out[N]) over `rows` rows, for lanes [first, last) of them.
@@ -308,7 +322,7 @@ template <class S> struct Passes {
     parallel(pool, ceil_div(view.count, block), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = end; i-- > begin;)
         for (int64_t row = i * block; row < min_of(view.count, (i + 1) * block); ++row)
-          each_vector<T, KA>(row, row * s.c, 0, s.c, 0, kAheadBytes / sizeof(S), all, apply);
+          each_vector<S, KA>(row, row * s.c, 0, s.c, 0, kAheadBytes / sizeof(S), all, apply);
       fence();
     });
   }
@@ -341,7 +355,7 @@ template <class S> struct Passes {
         spread(KA);
         LaneValues<T, KA> all{lane_values, lanes_step};
         for (int64_t row = 0; row < s.n; ++row)
-          each_vector<T, KA>(row, row * view.length, first, last, 0, sums ? lanes : view.length, all, apply);
+          each_vector<S, KA>(row, row * view.length, first, last, 0, sums ? lanes : view.length, all, apply);
       }
       fence();
     });
@@ -351,10 +365,10 @@ template <class S> struct Passes {
   CONVKIT_INLINE void run_planes(bool sums, bool second, bool streamed, Start& start, Term& term, Finish& finish, Apply& apply) const {
     int64_t far = s.hw * int64_t(sizeof(S)) > 4 * kAheadBytes ? kAheadBytes / int64_t(sizeof(S)) : s.c * s.hw;
     auto plane = [&](int64_t image, int64_t c, const RowValues<T, KA>& all, int64_t ahead) {
-      int64_t at = (image * s.c + c) * s.hw, head = streamed ? -at & (L - 1) : 0;
+      int64_t at = (image * s.c + c) * s.hw, head = streamed ? -at & (kStreamed<S> - 1) : 0;
       bool whole_image = view.kind == View::images;
       int64_t row = whole_image ? image : image * s.c + c, first = whole_image ? c * s.hw : 0;
-      each_vector<T, KA>(row, at - first, first, first + s.hw, head, ahead, all, apply);
+      each_vector<S, KA>(row, at - first, first, first + s.hw, head, ahead, all, apply);
     };
     if (sums || !second) {
       parallel(pool, s.c, [&](int64_t begin, int64_t end, int) {
@@ -406,7 +420,7 @@ template <class S> struct BatchNorm {
 
   // Rows are whole lines, or are made so by their heads, which the mask's rows have not.
   bool streams(const S* p) const {
-    return a.stream && streamable(p) && (view.length % L == 0 || (view.kind == View::planes && a.mask == nullptr));
+    return a.stream && streamable(p) && (view.length % kStreamed<S> == 0 || (view.kind == View::planes && a.mask == nullptr));
   }
 
   // mean is made by the caller.
@@ -470,14 +484,14 @@ template <class S> struct BatchNorm {
       }
     };
     if (residual == nullptr)
-      passes.template run<1, 3, 2>(a.training, true, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) {
-        emit(y + p.at, relu<T>(normalise<T>(fetch(x + p.at, p.lanes, p.ahead), k)), p.lanes, streamed);
+      passes.template run<1, 3, 2>(a.training, true, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) __attribute__((always_inline)) {
+        emit(y + p.at, relu<T>(normalise<T>(fetch(x + p.at, p.lanes, p.ahead), k)), p, streamed);
       });
     else
-      passes.template run<1, 3, 2>(a.training, true, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) {
+      passes.template run<1, 3, 2>(a.training, true, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) __attribute__((always_inline)) {
         vec<T> v = normalise<T>(fetch(x + p.at, p.lanes, p.ahead), k) + fetch(residual + p.at, p.lanes, p.ahead);
         if (a.mask != nullptr) write_mask<T>(a.mask + p.row * view.mask_bytes(), p.j, ~(v <= vec<T>{}), p.lanes);
-        emit(y + p.at, relu<T>(v), p.lanes, streamed);
+        emit(y + p.at, relu<T>(v), p, streamed);
       });
     // The mask has room for planes that start on their own bytes; nobody may see what was in memory before.
     int64_t used = view.count * view.mask_bytes(), room = s.n * s.c * ((s.hw + 7) / 8);
@@ -515,12 +529,12 @@ template <class S> struct BatchNorm {
         grad_slope[c] = T(product * rstd / count * double(alpha[c]));
       }
     };
-    passes.template run<3, 5, 2>(want_sums, grad_x != nullptr || grad_residual != nullptr, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) {
+    passes.template run<3, 5, 2>(want_sums, grad_x != nullptr || grad_residual != nullptr, streamed, start, term, finish, [&](const Place& p, const vec<T>* k) __attribute__((always_inline)) {
       vec<T> xv = fetch(x + p.at, p.lanes, p.ahead);
       vec<T> g = masked(grad, xv, p, k);
-      if (grad_residual != nullptr) emit(grad_residual + p.at, g, p.lanes, streamed);
+      if (grad_residual != nullptr) emit<1>(grad_residual + p.at, g, p, streamed);
       if (grad_x == nullptr) return;
-      emit(grad_x + p.at, a.training ? g * k[1] - ((xv - k[0]) * k[4] + k[3]) : g * k[1], p.lanes, streamed);
+      emit(grad_x + p.at, a.training ? g * k[1] - ((xv - k[0]) * k[4] + k[3]) : g * k[1], p, streamed);
     });
   }
 };

@@ -213,7 +213,7 @@ template <class S> struct Rows {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
     int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
     RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
-    bool streamed = plan.stream && plan.group_columns % kLanes<T> == 0 && streamable(dst);
+    bool streamed = plan.stream && plan.group_columns % kStreamed<D> == 0 && width % kStreamed<D> == 0 && streamable(dst);
     parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
       Table<D> table = table_of<D>(thread);
       int64_t in_table = -1;

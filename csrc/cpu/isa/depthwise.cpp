@@ -1,11 +1,11 @@
 // Depthwise convolution, one filter a channel: forward, input gradient, weight gradient.
 //
 // A task takes an image, a block of channels and a block of rows, and goes over it in the order of memory, two rows of
-// outputs at a time. Channels-last float32 and float64 images are read and written where they are, whole pixels at a
-// time, while the source rows of the next two are on their way into the second-level cache: into the first they would
-// wait in its few line buffers, which writing past the caches needs too. Everything else (contiguous layout, 16-bit
-// types) goes through a channels-last copy of just the task's part, while the next task's is on its way. Small contiguous
-// images are copied as they are, all pixels in one run, larger ones row by row with the padding.
+// outputs at a time. Channels-last images are read and written where they are, whole pixels at a time (16-bit values are
+// widened as they are loaded), while the source rows of the next two are on their way into the second-level cache: into the
+// first they would wait in its few line buffers, which writing past the caches needs too. Contiguous images go through a
+// channels-last copy of just the task's part, while the next task's is on its way. Small ones are copied as they are, all
+// pixels in one run, larger ones row by row with the padding.
 #include "../kernels.h"
 #include "depthwise_run.h"
 #include "staging.h"
@@ -28,18 +28,18 @@ template <class S> struct Depthwise {
   int64_t src_h = input_grad ? p.p : p.h, src_w = input_grad ? p.q : p.w;
   int64_t dst_h = input_grad ? p.h : p.p, dst_w = input_grad ? p.w : p.q;
   int64_t blocks = ceil_div(p.c, plan.channel_block), vectors = ceil_div(p.c, L), filter = p.r * p.s * L;
-  // Where the caller's tensor is as the kernels want it, they write it themselves.
-  bool direct = !plan.stage || (sizeof(S) == sizeof(T) && p.layout == Layout::nhwc);
-  bool aligned = plan.stream && sizeof(S) == sizeof(T) && streamable(a.dst);
-  bool streamed = aligned && direct && p.c % L == 0;
+  // Where the caller's tensor is as the kernels want it, they read and write it themselves.
+  bool direct = !plan.stage;
+  bool aligned = plan.stream && (direct || sizeof(S) == sizeof(T)) && streamable(a.dst);
+  bool streamed = aligned && direct && p.c % kStreamed<S> == 0;
   // Contiguous rows of outputs are whole lines, or the images of a block's channels together are, through one more copy.
   bool streamed_planes = aligned && !direct && dst_h * dst_w % L == 0 && plan.rows_per_task * dst_w % L == 0;
   bool streamed_block = aligned && !direct && !streamed_planes && plan.rows_per_task == dst_h && p.c * dst_h * dst_w % L == 0;
 
   Depthwise(const ConvArgs& args, const Pool& threads, bool backwards) : a(args), pool(threads), input_grad(backwards) {}
 
-  template <class W> DepthwiseLine<T, W>* line_table(int thread) const {
-    return reinterpret_cast<DepthwiseLine<T, W>*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+  template <class D, class W> DepthwiseLine<D, W>* line_table(int thread) const {
+    return reinterpret_cast<DepthwiseLine<D, W>*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
   }
   T* scratch(int thread) const { return reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes + plan.lines_bytes); }
   T* bias() const { return weights + vectors * filter; }
@@ -61,9 +61,9 @@ template <class S> struct Depthwise {
   }
 
   // Source pixel (first_row, first_column) of a block's first channel; pixels are `pixel` and rows `row` elements apart;
-  // rows x columns of them exist.
-  struct Source {
-    const T* at;
+  // rows x columns of them exist. D is S, or T if this is a copy.
+  template <class D> struct Source {
+    const D* at;
     int64_t first_row, rows, first_column, columns, pixel, row;
   };
 
@@ -81,7 +81,7 @@ template <class S> struct Depthwise {
   };
 
   // The source lines under outputs of row i and, where there are two rows, i + 1; `taps` is tap (0, 0).
-  template <class W> void find_lines(DepthwiseLines<T, W>& to, const Source& src, int64_t i, W* taps) const {
+  template <class D, class W> void find_lines(DepthwiseLines<D, W>& to, const Source<D>& src, int64_t i, W* taps) const {
     Taps down[2];
     Range valid[2] = {};
     for (int o = 0; o < to.rows; ++o) {
@@ -114,10 +114,11 @@ template <class S> struct Depthwise {
   }
 
   // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0), and so is `residual`, if any.
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, int64_t out_pixel, int64_t channel, int64_t channels, DepthwiseLine<T, const T>* lines, Ahead& coming) const {
+  template <class D>
+  void output_rows(const Source<D>& src, int64_t first, int64_t last, D* out, const D* residual, int64_t out_pixel, int64_t channel, int64_t channels, int thread, Ahead& coming) const {
     int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, out_row = dst_w * out_pixel;
-    DepthwiseOutputs<T> run;
-    run.lines = lines;
+    DepthwiseOutputs<D> run;
+    run.lines = line_table<D, const T>(thread);
     run.tap_vector = filter;
     run.output_pixels = input_grad ? 1 : p.stride_w;
     run.pixel = src.pixel, run.columns = src.columns;
@@ -165,32 +166,28 @@ template <class S> struct Depthwise {
     const S* src = static_cast<const S*>(a.src);
     S* dst = static_cast<S*>(a.dst);
     parallel(pool, p.n * blocks * pieces, [&](int64_t begin, int64_t end, int thread) {
-      auto* lines = line_table<const T>(thread);
       for (int64_t task = begin; task < end; ++task) {
         int64_t piece = task % pieces, channel = task / pieces % blocks * plan.channel_block, image = task / pieces / blocks;
         int64_t channels = min_of(plan.channel_block, p.c - channel);
         int64_t first = piece * plan.rows_per_task, last = min_of(dst_h, first + plan.rows_per_task);
         const S* from = src + image * src_h * src_w * p.c;
         S* to = dst + image * dst_h * dst_w * p.c;
-        Source part{reinterpret_cast<const T*>(from) + channel, 0, src_h, 0, src_w, p.c, src_w * p.c};
         Ahead coming;
-        if (plan.stage) {
-          part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
-          if (task + 1 < end) {
-            int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
-            Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
-            coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, ceil_div(last - first, 2));
-          }
-        }
         if (direct) {
-          int64_t at = (image * dst_h + first) * dst_w * p.c + channel;
-          const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + at;
-          output_rows(part, first, last, static_cast<T*>(a.dst) + at, residual, p.c, channel, channels, lines, coming);
-        } else {
-          T* out = scratch(thread) + plan.staged_elements;
-          output_rows(part, first, last, out, nullptr, plan.channel_block, channel, channels, lines, coming);
-          with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
+          int64_t at = first * dst_w * p.c + channel;
+          const S* residual = a.residual == nullptr ? nullptr : static_cast<const S*>(a.residual) + (to - dst) + at;
+          output_rows<S>({from + channel, 0, src_h, 0, src_w, p.c, src_w * p.c}, first, last, to + at, residual, p.c, channel, channels, thread, coming);
+          continue;
         }
+        Source<T> part = stage(from, clipped(source_rows(first, last), src_h), channel, channels, scratch(thread));
+        if (task + 1 < end) {
+          int64_t next = (task + 1) / pieces, row = (task + 1) % pieces * plan.rows_per_task;
+          Range rows = clipped(source_rows(row, min_of(dst_h, row + plan.rows_per_task)), src_h);
+          coming = ahead(src, next / blocks, next % blocks * plan.channel_block, rows, src_h, src_w, ceil_div(last - first, 2));
+        }
+        T* out = scratch(thread) + plan.staged_elements;
+        output_rows<T>(part, first, last, out, nullptr, plan.channel_block, channel, channels, thread, coming);
+        with_residual<S>(a, [&](auto finish) { unstage(out, to, first * dst_w, (last - first) * dst_w, channel, channels, finish); });
       }
       if (aligned) fence();
     });
@@ -223,7 +220,7 @@ template <class S> struct Depthwise {
     return {at, part, h * w * bytes, channels, step};
   }
 
-  Source stage(const S* image, Range rows, int64_t channel, int64_t channels, T* to) const {
+  Source<T> stage(const S* image, Range rows, int64_t channel, int64_t channels, T* to) const {
     int64_t width = plan.staged_last - plan.staged_first, row_size = width * plan.channel_block, left = -plan.staged_first;
     if (width == src_w)
       stage_pixels(image, p.layout, src_h * src_w, p.c, rows.begin * src_w, (rows.end - rows.begin) * src_w, channel, channels, to, plan.channel_block);
@@ -252,23 +249,21 @@ template <class S> struct Depthwise {
           int64_t image = unit / pieces, first = unit % pieces * plan.rows_per_task, last = min_of(p.p, first + plan.rows_per_task);
           const S* image_grad = grad + image * p.p * p.q * p.c;
           const S* image_x = x + image * p.h * p.w * p.c;
-          Source part{reinterpret_cast<const T*>(image_x) + channel, 0, p.h, 0, p.w, p.c, p.w * p.c};
-          const T* part_grad = reinterpret_cast<const T*>(image_grad) + first * p.q * p.c + channel;
-          int64_t grad_pixel = p.c;
           Ahead coming_x, coming_grad;
-          if (plan.stage) {
-            part = stage(image_x, clipped(source_rows(first, last), p.h), channel, channels, scratch(thread));
-            T* staged_grad = scratch(thread) + plan.staged_elements;
-            grad_pixel = plan.channel_block;
-            stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, staged_grad, grad_pixel);
-            part_grad = staged_grad;
-            if (unit + 1 < units * (split + 1) / plan.splits) {
-              int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(last - first, 2);
-              coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns);
-              coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
-            }
+          if (direct) {
+            const S* part_grad = image_grad + first * p.q * p.c + channel;
+            accumulate<S>({image_x + channel, 0, p.h, 0, p.w, p.c, p.w * p.c}, part_grad, p.c, first, last, channels, sums, thread, coming_x, coming_grad);
+            continue;
           }
-          accumulate(part, part_grad, grad_pixel, first, last, channels, sums, line_table<T>(thread), coming_x, coming_grad);
+          Source<T> part = stage(image_x, clipped(source_rows(first, last), p.h), channel, channels, scratch(thread));
+          T* part_grad = scratch(thread) + plan.staged_elements;
+          stage_pixels(image_grad, p.layout, p.p * p.q, p.c, first * p.q, (last - first) * p.q, channel, channels, part_grad, plan.channel_block);
+          if (unit + 1 < units * (split + 1) / plan.splits) {
+            int64_t row = (unit + 1) % pieces * plan.rows_per_task, end_row = min_of(p.p, row + plan.rows_per_task), turns = ceil_div(last - first, 2);
+            coming_x = ahead(x, (unit + 1) / pieces, channel, clipped(source_rows(row, end_row), p.h), p.h, p.w, turns);
+            coming_grad = ahead(grad, (unit + 1) / pieces, channel, {row, end_row}, p.p, p.q, turns);
+          }
+          accumulate<T>(part, part_grad, plan.channel_block, first, last, channels, sums, thread, coming_x, coming_grad);
         }
       }
     });
@@ -287,10 +282,11 @@ template <class S> struct Depthwise {
   }
 
   // Adds output rows [first, last) to sums[vector of channels][r][s]; grad is pixel (first, 0).
-  void accumulate(const Source& src, const T* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums,
-                  DepthwiseLine<T, T>* lines, Ahead& coming_x, Ahead& coming_grad) const {
-    DepthwiseGrads<T> run;
-    run.lines = lines;
+  template <class D>
+  void accumulate(const Source<D>& src, const D* grad, int64_t grad_pixel, int64_t first, int64_t last, int64_t channels, T* sums, int thread,
+                  Ahead& coming_x, Ahead& coming_grad) const {
+    DepthwiseGrads<D> run;
+    run.lines = line_table<D, T>(thread);
     run.taps = p.s, run.tap_step = L, run.tap_vector = filter, run.first_tap = 0;
     run.tap_pixels = p.dilation_w, run.output_pixels = p.stride_w;
     run.pixel = src.pixel, run.columns = src.columns;

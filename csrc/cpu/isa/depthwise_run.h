@@ -2,7 +2,7 @@
 //
 // A tile is 2 x QT neighbouring outputs of a vector of channels, in registers. The source lines under it are gone through
 // one by one, and a source vector is loaded once for all taps and outputs of both rows that it meets. Pixels that do not
-// exist are skipped.
+// exist are skipped. S is what tensors are stored as: 16-bit values are widened as they are loaded, unless these are copies.
 #pragma once
 
 #include "vec.h"
@@ -11,14 +11,14 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 // A source line and, for each of two rows of outputs, tap 0 of the filter row under which it has the line, of the first
 // vector of channels; null: it has not.
-template <class T, class W> struct DepthwiseLine {
-  const T* source;  // pixel 0 of the line, first channel
+template <class S, class W> struct DepthwiseLine {
+  const S* source;  // pixel 0 of the line, first channel
   W* taps[2];
 };
 
 // Two rows of outputs, all channels of a block, and the lines under them.
-template <class T, class W> struct DepthwiseLines {
-  DepthwiseLine<T, W>* lines;         // those under the first row of outputs only, under both, under the second only
+template <class S, class W> struct DepthwiseLines {
+  DepthwiseLine<S, W>* lines;         // those under the first row of outputs only, under both, under the second only
   int64_t upto[3];                    // where these three end
   int rows;                           // of outputs: 1 or 2
   int64_t outputs;                    // of a row
@@ -29,7 +29,7 @@ template <class T, class W> struct DepthwiseLines {
   int64_t pixel;                      // source elements from pixel to pixel
   int64_t origin, columns;            // column of output 0, first tap; columns of the source that exist
   int64_t channels;
-  const T* ahead;                     // whole lines to ask of memory meanwhile: the first
+  const S* ahead;                     // whole lines to ask of memory meanwhile: the first
   int64_t ahead_row;                  // elements from line to line of them
   int ahead_rows;                     // how many
 
@@ -43,39 +43,43 @@ template <class T, class W> struct DepthwiseLines {
   }
 };
 
-template <class T> struct DepthwiseOutputs : DepthwiseLines<T, const T> {
-  T* out;                             // output 0 of the first row
+template <class S> struct DepthwiseOutputs : DepthwiseLines<S, const compute_t<S>> {
+  S* out;                             // output 0 of the first row
   int64_t out_row, out_step;          // elements from row to row and from output to output
-  bool streamed;                      // write past the caches; `out` and its steps are whole vectors then
-  const T *scale, *shift;             // per channel, or null
-  const T* residual;                  // of output 0, in the order of `out`, or null
+  bool streamed;                      // write past the caches; `out`, its steps and the channels are whole lines then
+  const compute_t<S> *scale, *shift;  // per channel, or null
+  const S* residual;                  // of output 0, in the order of `out`, or null
   bool relu;
 };
 
-// Calls tile(number, q, channel, lanes) for the tiles of QT outputs of a row, from output q of each on, and the vectors of
-// channels: in the order of memory, but with wide filters, whose arithmetic takes longer than memory does, so few channels
+// Calls tile(number, q, channel, lanes) for the tiles of QT outputs of a row, from output q of each on, and every so many
+// vectors of channels: in the order of memory, but with wide filters, whose arithmetic takes longer than memory does, so few channels
 // at a time that their taps, and the pixels that neighbouring tiles share, stay in the first-level cache.
-template <class T, int TAPS, int QT, class F> CONVKIT_INLINE void depthwise_each_tile(int64_t outputs, int64_t channels, F&& tile) {
-  constexpr int64_t L = kLanes<T>;
+template <class S, int TAPS, int QT, int VECTORS = 1, class F> CONVKIT_INLINE void depthwise_each_tile(int64_t outputs, int64_t channels, F&& tile) {
+  using T = compute_t<S>;
+  constexpr int64_t L = VECTORS * kLanes<T>;
   int64_t at_once = TAPS < 7 ? channels : 256 / sizeof(T), number = 0;
   for (int64_t first = 0; first < channels; first += at_once)
     for (int64_t q = 0; q < outputs; q += QT)
-      for (int64_t c = first; c < min_of(first + at_once, channels); c += L) tile(number++, q, c, int(min_of(L, channels - c)));
+      for (int64_t c = first; c < min_of(first + at_once, channels); c += L, number += VECTORS) tile(number, q, c, int(min_of(L, channels - c)));
 }
 
 // Asks for the part of the lines `ahead` that falls to a tile, in the order of memory.
-template <class T, int PIXELS, class W> CONVKIT_INLINE void depthwise_ahead(const DepthwiseLines<T, W>& a, int64_t number) {
-  const T* next = a.ahead + number * PIXELS * kLanes<T>;
+template <int PIXELS, class S, class W> CONVKIT_INLINE void depthwise_ahead(const DepthwiseLines<S, W>& a, int64_t number) {
+  constexpr int PART = PIXELS * kLanes<compute_t<S>>;
+  const S* next = a.ahead + number * PART;
   for (int r = 0; r < a.ahead_rows; ++r, next += a.ahead_row)
-    CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j) __builtin_prefetch(next + j * kLanes<T>, 0, 2);
+    CONVKIT_UNROLL for (int j = 0; j < PART; j += kStreamed<S>) __builtin_prefetch(next + j, 0, 2);
 }
 
 // 2 x QT sums: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the source and 18 of taps for 144 multiply-adds in 16
-// independent sums, which with the 6 taps of a line and a source vector take 23 registers.
-template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+// independent sums, which with the 6 taps of a line and a source vector take 23 registers. `halves`, 2 x QT lines: where
+// 16-bit outputs wait for those of the neighbouring vector of channels, to be streamed.
+template <class S, int TAPS, int STRIDE, int QT, bool WHOLE>
+CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<S>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes, S* halves = nullptr) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
+  auto fetch = [&](const auto* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> sum[2][QT];
   CONVKIT_UNROLL for (int o = 0; o < 2; ++o)
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] = vec<T>{};
@@ -88,7 +92,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number,
       vec<T> w[2][TAPS];
       CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
         CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) w[o][s] = held(load(line->taps[o] + taps_from + s * tap_step));
-      const T* x = line->source + from;
+      const S* x = line->source + from;
       uint32_t exists = held(inside);
       CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + pixel)) {
         // With a stride beyond the filter some pixels are between outputs.
@@ -106,7 +110,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number,
   add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
   add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
   add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
-  depthwise_ahead<T, QT * STRIDE>(a, number);
+  depthwise_ahead<QT * STRIDE>(a, number);
   bool streamed = a.streamed;
   CONVKIT_UNROLL for (int o = 0; o < 2; ++o) {
     if (o >= a.rows) break;
@@ -120,37 +124,60 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number,
       CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] += shift;
     }
     if (a.residual != nullptr) {
-      const T* residual = a.residual + at;
+      const S* residual = a.residual + at;
       CONVKIT_UNROLL for (int t = 0; t < QT; ++t, residual = held(residual + step)) sum[o][t] += fetch(residual);
     }
     if (a.relu)
       CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] = relu<T>(sum[o][t]);
-    T* out = a.out + at;
+    S* out = a.out + at;
+    if constexpr (sizeof(S) != sizeof(T))
+      if (halves != nullptr) out = halves + o * QT * kStreamed<S>, step = kStreamed<S>;
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out = held(out + step)) {
-      if (!WHOLE) store_n(out, sum[o][t], lanes);
-      else if (streamed) stream(out, sum[o][t]);
-      else store(out, sum[o][t]);
+      if constexpr (sizeof(S) == sizeof(T))
+        if (WHOLE && streamed) {
+          stream(out, sum[o][t]);
+          continue;
+        }
+      if (WHOLE) store(out, sum[o][t]);
+      else store_n(out, sum[o][t], lanes);
     }
   }
 }
 
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<T>& a) {
-  depthwise_each_tile<T, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
-    q = min_of(q, a.outputs - QT);  // the last tile may compute some outputs again
-    uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
-    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
-    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<S>& a) {
+  constexpr int L = kLanes<compute_t<S>>, LINE = kStreamed<S>;
+  auto first_of = [&](int64_t q) { return min_of(q, a.outputs - QT); };  // the last tile may compute some outputs again
+  auto inside_at = [&](int64_t q) { return a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS); };
+  if constexpr (LINE > L)
+    if (a.streamed)
+      return depthwise_each_tile<S, TAPS, QT, 2>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int) {
+        q = first_of(q);
+        S halves[2 * QT * LINE];
+        for (int i = 0; i < 2; ++i)
+          depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number + i, q, inside_at(q), channel + i * L, L, halves + i * L);
+        for (int o = 0; o < a.rows; ++o)
+          for (int t = 0; t < QT; ++t) {
+            half_bits line[2];
+            std::memcpy(line, halves + (o * QT + t) * LINE, sizeof line);
+            stream(a.out + o * a.out_row + (q + t) * a.out_step + channel, line[0], line[1]);
+          }
+      });
+  depthwise_each_tile<S, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+    q = first_of(q);
+    if (lanes == L) depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number, q, inside_at(q), channel, lanes);
+    else depthwise_tile<S, TAPS, STRIDE, QT, false>(a, number, q, inside_at(q), channel, lanes);
   });
 }
 
 // Any number of taps at any step: dilation, wide filters, strides beyond 2, padding beyond the filter, narrow images.
-template <class T> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseOutputs<T>& a) {
+template <class S> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseOutputs<S>& a) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>;
   for (int o = 0; o < a.rows; ++o)
     for (int64_t q = 0; q < a.outputs; ++q)
       for (int64_t c = 0; c < a.channels; c += L) {
         int lanes = int(min_of<int64_t>(L, a.channels - c));
-        auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+        auto fetch = [&](const auto* p) { return lanes == L ? load(p) : load_n(p, lanes); };
         vec<T> sum{};
         for (int64_t i = 0; i < a.upto[2]; ++i) {
           if (a.lines[i].taps[o] == nullptr) continue;
@@ -165,53 +192,58 @@ template <class T> __attribute__((noinline)) void depthwise_rows_any(const Depth
         if (a.shift != nullptr) sum += fetch(a.shift + c);
         if (a.residual != nullptr) sum += fetch(a.residual + at);
         if (a.relu) sum = relu<T>(sum);
-        if (lanes != L) store_n(a.out + at, sum, lanes);
-        else if (a.streamed) stream(a.out + at, sum);
-        else store(a.out + at, sum);
+        if constexpr (sizeof(S) == sizeof(T))
+          if (lanes == L && a.streamed) {
+            stream(a.out + at, sum);
+            continue;
+          }
+        if (lanes == L) store(a.out + at, sum);
+        else store_n(a.out + at, sum, lanes);
       }
 }
 
 // The tile that computes the fewest outputs of a row twice.
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseOutputs<T>& a) {
+template <class S, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseOutputs<S>& a) {
   if constexpr (kVectorBytes == 64) {
-    if (a.outputs >= 8 && ceil_div(a.outputs, 8) * 8 <= ceil_div(a.outputs, 7) * 7) return depthwise_rows<T, TAPS, STRIDE, 8>(a);
-    if (a.outputs >= 7) return depthwise_rows<T, TAPS, STRIDE, 7>(a);
+    if (a.outputs >= 8 && ceil_div(a.outputs, 8) * 8 <= ceil_div(a.outputs, 7) * 7) return depthwise_rows<S, TAPS, STRIDE, 8>(a);
+    if (a.outputs >= 7) return depthwise_rows<S, TAPS, STRIDE, 7>(a);
   }
-  depthwise_rows<T, TAPS, STRIDE, 4>(a);
+  depthwise_rows<S, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseOutputs<T>& a) {
+template <class S> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseOutputs<S>& a) {
   bool tiles = a.outputs >= 4 && a.near() && a.tap_pixels == 1;
   if (tiles && a.output_pixels == 1) switch (a.taps) {
-      case 1: return depthwise_tiles<T, 1, 1>(a);
-      case 2: return depthwise_tiles<T, 2, 1>(a);
-      case 3: return depthwise_tiles<T, 3, 1>(a);
-      case 4: return depthwise_tiles<T, 4, 1>(a);
-      case 5: return depthwise_tiles<T, 5, 1>(a);
-      case 7: return depthwise_tiles<T, 7, 1>(a);
+      case 1: return depthwise_tiles<S, 1, 1>(a);
+      case 2: return depthwise_tiles<S, 2, 1>(a);
+      case 3: return depthwise_tiles<S, 3, 1>(a);
+      case 4: return depthwise_tiles<S, 4, 1>(a);
+      case 5: return depthwise_tiles<S, 5, 1>(a);
+      case 7: return depthwise_tiles<S, 7, 1>(a);
     }
   if (tiles && a.output_pixels == 2) switch (a.taps) {
-      case 3: return depthwise_tiles<T, 3, 2>(a);
-      case 5: return depthwise_tiles<T, 5, 2>(a);
-      case 7: return depthwise_tiles<T, 7, 2>(a);
+      case 3: return depthwise_tiles<S, 3, 2>(a);
+      case 5: return depthwise_tiles<S, 5, 2>(a);
+      case 7: return depthwise_tiles<S, 7, 2>(a);
     }
   depthwise_rows_any(a);
 }
 
-template <class T> struct DepthwiseGrads : DepthwiseLines<T, T> {
-  const T* grad;                      // of output 0 of the first row
+template <class S> struct DepthwiseGrads : DepthwiseLines<S, compute_t<S>> {
+  const S* grad;                      // of output 0 of the first row
   int64_t grad_row, grad_pixel;       // elements from row to row and from output to output
 };
 
 // 2 x QT gradients, and the sums of a line, which are added to memory: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the
 // source, 16 of gradients and 18 of sums for 144 multiply-adds.
-template <class T, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+template <class S, int TAPS, int STRIDE, int QT, bool WHOLE>
+CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<S>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
-  auto fetch = [&](const T* p) { return WHOLE ? load(p) : load_n(p, lanes); };
+  auto fetch = [&](const S* p) { return WHOLE ? load(p) : load_n(p, lanes); };
   vec<T> grad[2][QT];
   CONVKIT_UNROLL for (int o = 0; o < 2; ++o) {
-    const T* g = a.grad + (o < a.rows ? o * a.grad_row : 0) + q * a.grad_pixel + channel;
+    const S* g = a.grad + (o < a.rows ? o * a.grad_row : 0) + q * a.grad_pixel + channel;
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t, g = held(g + a.grad_pixel)) grad[o][t] = held(fetch(g));
   }
   int64_t from = (a.origin + q * STRIDE) * a.pixel + channel, taps_from = channel / L * a.tap_vector, pixel = a.pixel;
@@ -222,7 +254,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, i
       vec<T> sum[2][TAPS];
       CONVKIT_UNROLL for (int o = FIRST; o < LAST; ++o)
         CONVKIT_UNROLL for (int s = 0; s < TAPS; ++s) sum[o][s] = vec<T>{};
-      const T* x = line->source + from;
+      const S* x = line->source + from;
       uint32_t exists = held(inside);
       CONVKIT_UNROLL for (int j = 0; j < PIXELS; ++j, x = held(x + pixel)) {
         if (STRIDE > TAPS && j % STRIDE >= TAPS) continue;
@@ -243,33 +275,34 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, i
   add(std::integer_sequence<int, 0, 1>{}, a.lines + a.upto[0]);
   add(std::integer_sequence<int, 0, 2>{}, a.lines + a.upto[1]);
   add(std::integer_sequence<int, 1, 2>{}, a.lines + a.upto[2]);
-  depthwise_ahead<T, QT * STRIDE>(a, number);
+  depthwise_ahead<QT * STRIDE>(a, number);
   if (a.ahead_rows > 0) {
-    const T* next = a.grad + 2 * a.grad_row + number * QT * L;
+    const S* next = a.grad + 2 * a.grad_row + number * QT * L;
     CONVKIT_UNROLL for (int o = 0; o < 2; ++o, next += a.grad_row)
-      CONVKIT_UNROLL for (int t = 0; t < QT; ++t) __builtin_prefetch(next + t * L, 0, 2);
+      CONVKIT_UNROLL for (int j = 0; j < QT * L; j += kStreamed<S>) __builtin_prefetch(next + j, 0, 2);
   }
 }
 
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
-template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<T>& a, int64_t from = 0) {
+template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<S>& a, int64_t from = 0) {
   int64_t tiled = (a.outputs - from) / QT * QT;
-  depthwise_each_tile<T, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+  depthwise_each_tile<S, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
     q += from;
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
-    if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
-    else depthwise_tile<T, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
+    if (lanes == kLanes<compute_t<S>>) depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
+    else depthwise_tile<S, TAPS, STRIDE, QT, false>(a, number, q, inside, channel, lanes);
   });
   if constexpr (QT > 1)
-    if (from + tiled < a.outputs) depthwise_rows<T, TAPS, STRIDE, 1>(a, from + tiled);
+    if (from + tiled < a.outputs) depthwise_rows<S, TAPS, STRIDE, 1>(a, from + tiled);
 }
 
 // Any number of taps at any step.
-template <class T> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseGrads<T>& a) {
+template <class S> __attribute__((noinline)) void depthwise_rows_any(const DepthwiseGrads<S>& a) {
+  using T = compute_t<S>;
   constexpr int L = kLanes<T>, AT_ONCE = 5;
   for (int64_t c = 0; c < a.channels; c += L) {
     int lanes = int(min_of<int64_t>(L, a.channels - c));
-    auto fetch = [&](const T* p) { return lanes == L ? load(p) : load_n(p, lanes); };
+    auto fetch = [&](const S* p) { return lanes == L ? load(p) : load_n(p, lanes); };
     for (int64_t i = 0; i < a.upto[2]; ++i)
       for (int o = 0; o < 2; ++o)
         for (int64_t s0 = 0; a.lines[i].taps[o] != nullptr && s0 < a.taps; s0 += AT_ONCE) {
@@ -289,19 +322,19 @@ template <class T> __attribute__((noinline)) void depthwise_rows_any(const Depth
 }
 
 // The tile that leaves the fewest outputs over.
-template <class T, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseGrads<T>& a) {
+template <class S, int TAPS, int STRIDE> CONVKIT_INLINE void depthwise_tiles(const DepthwiseGrads<S>& a) {
   if constexpr (kVectorBytes == 64) {
-    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_rows<T, TAPS, STRIDE, 8>(a);
-    if (a.outputs % 7 <= a.outputs % 4) return depthwise_rows<T, TAPS, STRIDE, 7>(a);
+    if (a.outputs % 8 <= a.outputs % 7 && a.outputs % 8 <= a.outputs % 4) return depthwise_rows<S, TAPS, STRIDE, 8>(a);
+    if (a.outputs % 7 <= a.outputs % 4) return depthwise_rows<S, TAPS, STRIDE, 7>(a);
   }
-  depthwise_rows<T, TAPS, STRIDE, 4>(a);
+  depthwise_rows<S, TAPS, STRIDE, 4>(a);
 }
 
-template <class T> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseGrads<T>& a) {
+template <class S> CONVKIT_INLINE void depthwise_dispatch(const DepthwiseGrads<S>& a) {
   if (a.near() && a.tap_pixels == 1 && a.output_pixels <= 2) switch (a.taps) {
-      case 3: return a.output_pixels == 1 ? depthwise_tiles<T, 3, 1>(a) : depthwise_tiles<T, 3, 2>(a);
-      case 5: return a.output_pixels == 1 ? depthwise_tiles<T, 5, 1>(a) : depthwise_tiles<T, 5, 2>(a);
-      case 7: return a.output_pixels == 1 ? depthwise_tiles<T, 7, 1>(a) : depthwise_tiles<T, 7, 2>(a);
+      case 3: return a.output_pixels == 1 ? depthwise_tiles<S, 3, 1>(a) : depthwise_tiles<S, 3, 2>(a);
+      case 5: return a.output_pixels == 1 ? depthwise_tiles<S, 5, 1>(a) : depthwise_tiles<S, 5, 2>(a);
+      case 7: return a.output_pixels == 1 ? depthwise_tiles<S, 7, 1>(a) : depthwise_tiles<S, 7, 2>(a);
     }
   depthwise_rows_any(a);
 }

@@ -130,16 +130,18 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
       CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = relu<T>(acc[m][v]);
 
-  if constexpr (sizeof(S) == sizeof(T))
-    if (a.streamed) {
-      CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-        if (m == a.valid_rows) break;
-        S* out = a.dst[m] + a.dst_offset;
-        CONVKIT_UNROLL for (int v = 0; v < NV; ++v)
-          if (v * L < a.columns) stream(out + v * L, acc[m][v]);
+  if (a.streamed) {
+    CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+      if (m == a.valid_rows) break;
+      S* out = a.dst[m] + a.dst_offset;
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
+        if (v * L >= a.columns) break;
+        if constexpr (sizeof(S) == sizeof(T)) stream(out + v * L, acc[m][v]);
+        else if (v % 2 == 1) stream(out + (v - 1) * L, narrow<S>(acc[m][v - 1]), narrow<S>(acc[m][v]));
       }
-      return;
     }
+    return;
+  }
   if (a.columns == NV * L) {
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
       if (m == a.valid_rows) break;
