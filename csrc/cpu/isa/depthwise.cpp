@@ -114,7 +114,8 @@ template <class S> struct Depthwise {
   }
 
   // Outputs of rows [first, last) of one block of channels; `out` is pixel (first, 0), and so is `residual`, if any.
-  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, int64_t out_pixel, int64_t channel, int64_t channels, DepthwiseLine<T, const T>* lines, Ahead& coming) const {
+  void output_rows(const Source& src, int64_t first, int64_t last, T* out, const T* residual, int64_t out_pixel, int64_t channel, int64_t channels,
+                   DepthwiseLine<T, const T>* lines, Ahead& coming) const {
     int64_t phases = input_grad ? min_of(p.stride_w, dst_w) : 1, out_row = dst_w * out_pixel;
     DepthwiseOutputs<T> run;
     run.lines = lines;

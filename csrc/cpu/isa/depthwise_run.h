@@ -135,7 +135,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<T>& a, int64_t number,
 }
 
 template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<T>& a) {
-  depthwise_each_tile<T, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+  depthwise_each_tile<T, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) __attribute__((always_inline)) {
     q = min_of(q, a.outputs - QT);  // the last tile may compute some outputs again
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
     if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
@@ -254,7 +254,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<T>& a, int64_t number, i
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
 template <class T, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<T>& a, int64_t from = 0) {
   int64_t tiled = (a.outputs - from) / QT * QT;
-  depthwise_each_tile<T, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+  depthwise_each_tile<T, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) __attribute__((always_inline)) {
     q += from;
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
     if (lanes == kLanes<T>) depthwise_tile<T, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
