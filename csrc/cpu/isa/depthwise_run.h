@@ -150,7 +150,7 @@ template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void 
   auto inside_at = [&](int64_t q) { return a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS); };
   if constexpr (LINE > L)
     if (a.streamed)
-      return depthwise_each_tile<S, TAPS, QT, 2>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int) {
+      return depthwise_each_tile<S, TAPS, QT, 2>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int) __attribute__((always_inline)) {
         q = first_of(q);
         S halves[2 * QT * LINE];
         for (int i = 0; i < 2; ++i)
@@ -162,7 +162,7 @@ template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void 
             stream(a.out + o * a.out_row + (q + t) * a.out_step + channel, line[0], line[1]);
           }
       });
-  depthwise_each_tile<S, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+  depthwise_each_tile<S, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) __attribute__((always_inline)) {
     q = first_of(q);
     if (lanes == L) depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number, q, inside_at(q), channel, lanes);
     else depthwise_tile<S, TAPS, STRIDE, QT, false>(a, number, q, inside_at(q), channel, lanes);
@@ -286,7 +286,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<S>& a, int64_t number, i
 // Whole tiles, then what is left one by one: outputs that do not exist may not meet an infinite source.
 template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseGrads<S>& a, int64_t from = 0) {
   int64_t tiled = (a.outputs - from) / QT * QT;
-  depthwise_each_tile<S, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) {
+  depthwise_each_tile<S, TAPS, QT>(tiled, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) __attribute__((always_inline)) {
     q += from;
     uint32_t inside = a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS);
     if (lanes == kLanes<compute_t<S>>) depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number, q, inside, channel, lanes);
