@@ -154,7 +154,12 @@ def test_a_large_batch_is_its_images(dtype: str, layout: str):
             assert torch.equal(all_images[i : i + 1], image)
 
     torch.set_num_threads(1)
-    for text in ("n41c64h28w30k64r3s3p1g64", "n41c64h28w30k64r5s5u2p2g64", "n41c32h28w32k64r1s1", "n41c3h28w32k64r3s3p1"):
+    for text in (
+        "n41c64h28w30k64r3s3p1g64",
+        "n41c64h28w30k64r5s5u2p2g64",
+        "n41c32h28w32k64r1s1",
+        "n41c3h28w32k64r3s3p1",
+    ):
         x, weight, *_ = ConvProblem.parse(text).replace(**form).tensors()
         problem = ConvProblem.parse(text)
         both(lambda x, w=weight, p=problem: CF.conv2d(x, w, None, p.stride, p.torch_padding, p.dilation, p.groups), x)
