@@ -133,3 +133,38 @@ def test_inputs_are_left_alone():
         results(sample, torch.randn_like(sample()))
         for key, value in before.items():
             assert torch.equal(sample.tensors[key], value), f"{name}: {key} was written to"
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype", ("f64", "f32", "bf16", "f16"))
+def test_a_large_batch_is_its_images(dtype: str, layout: str):
+    """Results that no cache holds are written past the caches, in whole lines; those of one image are not."""
+    form = {"dtype": dtype, "layout": layout}
+    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+
+    def both(function, *tensors: torch.Tensor) -> None:
+        tensors = [t.contiguous(memory_format=memory_format).requires_grad_() for t in tensors]
+        y = function(*tensors)
+        grad = torch.randn_like(y)
+        results = y, *torch.autograd.grad(y, tensors, grad)
+        i = y.shape[0] - 2
+        alone = [t.detach()[i : i + 1].clone(memory_format=memory_format).requires_grad_() for t in tensors]
+        y = function(*alone)
+        for all_images, image in zip(results, (y, *torch.autograd.grad(y, alone, grad[i : i + 1])), strict=True):
+            assert torch.equal(all_images[i : i + 1], image)
+
+    torch.set_num_threads(1)
+    for text in (
+        "n41c64h28w30k64r3s3p1g64",
+        "n41c64h28w30k64r5s5u2p2g64",
+        "n41c32h28w32k64r1s1",
+        "n41c3h28w32k64r3s3p1",
+    ):
+        x, weight, *_ = ConvProblem.parse(text).replace(**form).tensors()
+        problem = ConvProblem.parse(text)
+        both(lambda x, w=weight, p=problem: CF.conv2d(x, w, None, p.stride, p.torch_padding, p.dilation, p.groups), x)
+    for text in ("n41c64h28w30+res", "n21c2048h7w7+res", "n21c2048h7w7"):
+        x, residual, weight, bias, _ = BatchNormProblem.parse(text).replace(**form).tensors()
+        mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+        images = [x] if residual is None else [x, residual]
+        both(lambda x, r=None, m=mean, v=var, w=weight, b=bias: CF.batch_norm_relu(x, m, v, w, b, residual=r), *images)

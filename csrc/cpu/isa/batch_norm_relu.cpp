@@ -282,8 +282,8 @@ template <class S> struct Passes {
 
   template <int KS, int KA, int N, class Start, class Term, class Finish, class Apply>
   void run(bool sums, bool second, bool streamed, Start&& start, Term&& term, Finish&& finish, Apply&& apply) const {
-    // A single pass over vectors of one channel each needs no more than its values.
-    bool broadcast = view.kind == View::planes || (!sums && s.hw % 16 == 0);
+    // A single pass over lines of one channel each needs no more than its values.
+    bool broadcast = view.kind == View::planes || (!sums && s.hw % (sizeof(S) == 2 ? 32 : 16) == 0);
     if (view.kind == View::pixels) run_pixels<KS, KA, N>(sums, second, start, term, finish, apply);
     else if (!broadcast) run_images<KS, KA, N>(sums, second, start, term, finish, apply);
     else run_planes<KS, KA, N>(sums, second, streamed, start, term, finish, apply);
