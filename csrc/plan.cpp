@@ -29,6 +29,11 @@ constexpr int64_t kOuterBlockBytes = 512 << 10;
 constexpr int64_t kOuterThinBlockBytes = 28 << 10;
 // Partial sums of the weight gradient: at most as much in all, or a single one.
 constexpr int64_t kOuterSumsBytes = 4 << 20;
+// And as much of them for one task: they stay in the second-level cache from block to block.
+constexpr int64_t kOuterPartBytes = 1 << 20;
+// Pixels of a block of a 1x1 filter, channels last: of so many, a run of x stays in the first-level cache for all tiles of
+// rows. Contiguous planes are copied in longer runs.
+constexpr int64_t kOuterPixels = 128;
 // The copy of a depthwise task's part of an image: stays in the second-level cache with what it is copied from.
 constexpr int64_t kDepthwiseBytes = 512 << 10;
 // Taps, or sums of a weight gradient, of a depthwise block of channels: they stay in the second-level cache.
@@ -211,14 +216,18 @@ PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   return b;
 }
 
-OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
+OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& ws) {
   OuterPlan b{};
-  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  ConvProblem& a = b.problem = problem;
+  bool inside = a.pad_top == 0 && a.pad_left == 0 && (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w;
+  b.flat = a.r * a.s == 1 && inside && (a.layout == Layout::nhwc || (a.p == a.h && a.q == a.w));
+  if (b.flat) a.h = a.p = a.n * a.p * a.q, a.n = a.w = a.q = a.stride_h = a.stride_w = 1;
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element, line = 64 / element;
   b.exchange = merge_few_channels(a);
   // Merged taps fill the vectors of few channels: worth the padding where it saves a tenth of the multiply-adds.
   int64_t channels = a.c / a.groups;
   b.merge_taps = b.exchange || (can_merge_taps(a) && 10 * ceil_div(a.s * channels, lanes) < 9 * a.s * ceil_div(channels, lanes));
-  b.stage_grad = !b.exchange || needs_staging(a.dtype, a.layout, a.k, a.p * a.q);
+  b.stage_grad = !b.exchange || needs_staging(a.dtype, a.layout, a.k, problem.p * problem.q);
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : a.w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
   b.depth = b.merge_taps ? a.s * channels : channels;
@@ -226,33 +235,39 @@ OuterPlan plan_outer(const ConvProblem& a, const CpuFacts& f, Workspace& ws) {
   b.column_values = b.exchange ? a.k : b.depth;
   b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
   b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 ? 16 : pick_chain(a.dtype, a.n * a.p * a.q);
-  b.vectors = b.column_values > lanes ? 2 : 1;
-  int64_t most_rows = f.vector_bytes == 64 ? 14 : 6;
-  b.row_tiles = ceil_div(b.row_values, most_rows);
+  b.vectors = f.rows_for_vectors[4] > 0 && b.columns_padded % (4 * lanes) == 0 ? 4 : b.column_values > lanes ? 2 : 1;
+  b.row_tiles = ceil_div(b.row_values, f.rows_for_vectors[b.vectors]);
   b.rows = int(ceil_div(b.row_values, b.row_tiles));  // tiles of equal height rather than a short last one
   b.column_tiles = ceil_div(b.column_values, b.vectors * lanes);
-
-  // As many splits as keep a fair number of threads busy, but never a number that depends on them.
-  constexpr int64_t kSplits = 8;
-  int64_t x_values = b.merge_taps ? a.c : a.groups * b.column_tiles * b.vectors * lanes;
-  int64_t grad_values = b.exchange ? a.k : a.groups * b.row_tiles * b.rows;
-  int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * grad_values * element;
-  int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
-  bool thin = b.exchange && !b.stage_grad && kOuterThinBlockBytes / row_bytes >= 2 * a.r;  // or rows that blocks share add up
-  int64_t block_bytes = thin ? kOuterThinBlockBytes : kOuterBlockBytes;
-  b.images_per_block = std::clamp<int64_t>(block_bytes / (row_bytes * a.p), 1, std::max<int64_t>(1, a.n / kSplits));
-  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(block_bytes / row_bytes, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
-  int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
+  int64_t units = a.groups * b.row_tiles;
+  b.parts = std::clamp<int64_t>(ceil_div(b.sums_of_split * element, kOuterPartBytes), 1, units);
+
+  // As many splits as keep a fair number of threads busy, but never a number that depends on them; nor do the blocks.
+  constexpr int64_t kSplits = 8;
+  auto apart = [&](int64_t values) { return values <= line ? values : (ceil_div(values, line) | 1) * line; };
+  b.x_pixel = b.merge_taps ? channels : apart(a.c);
+  b.grad_pixel = !b.stage_grad ? a.k : apart(b.exchange ? a.k : std::min(a.k, ceil_div(units, b.parts) * b.rows));
+  int64_t x_values = b.merge_taps ? a.c : b.x_pixel;
+  int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * b.grad_pixel * element;
+  int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
+  bool thin = b.exchange && !b.stage_grad && kOuterThinBlockBytes / row_bytes >= a.r;  // or rows that blocks share add up
+  int64_t rows = (thin ? kOuterThinBlockBytes : kOuterBlockBytes) / row_bytes;
+  if (b.flat && a.layout == Layout::nhwc) rows = std::min(rows, kOuterPixels);
+  int64_t whole = a.layout == Layout::nchw ? problem.p * problem.q : b.chain;  // images or chains
+  if (b.flat && rows > whole) rows = rows / whole * whole;
+  b.images_per_block = std::clamp<int64_t>(rows / a.p, 1, std::max<int64_t>(1, a.n / kSplits));
+  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(rows, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
+  int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
   b.splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, std::min(blocks, kSplits));
-  b.parts = std::min(f.threads / std::gcd<int64_t>(f.threads, b.splits), a.groups * b.row_tiles);
+  b.parts = std::min(b.parts * (f.threads / std::gcd<int64_t>(f.threads, b.splits * b.parts)), units);
 
   b.sums = ws.take(b.splits * b.sums_of_split * element);
   int64_t x_rows = (b.rows_per_block - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1;
   if (!b.merge_taps) x_rows = std::min(x_rows, a.h);
   // The last vectors of a run may reach beyond it.
   b.x_elements = ceil_div(b.images_per_block * x_rows * b.staged_w * x_values, lanes) * lanes + b.vectors * lanes;
-  int64_t grad_elements = b.stage_grad ? b.images_per_block * b.rows_per_block * a.q * grad_values : 0;
+  int64_t grad_elements = b.stage_grad ? b.images_per_block * b.rows_per_block * a.q * b.grad_pixel : 0;
   b.scratch_bytes = ceil_div((b.x_elements + grad_elements) * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
@@ -446,8 +461,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     case ConvKernel::outer: {
       const OuterPlan& b = plan.outer;
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
-             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + num(b.images_per_block) + " images x " +
-             num(b.rows_per_block) + " rows a block";
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + (b.flat ? num(b.rows_per_block) + " pixels a block" : num(b.images_per_block) + " images x " + num(b.rows_per_block) + " rows a block");
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
       if (b.parts > 1) out += " x " + num(b.parts) + " parts";
       out += b.stage_grad ? ", staged input and gradient" : ", staged input";

@@ -75,10 +75,13 @@ struct PointwisePlan {
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
+  ConvProblem problem;      // what is computed; flat, or as it was
+  bool flat;                // 1x1 filters: the pixels that they meet, of all images, are one column
   bool merge_taps;          // the taps of a filter row and their channels are one run of a padded copy of x
   bool exchange;            // values of x are rows and filters columns, of the gradient where it lies if that may be
   bool stage_grad;
   int64_t staged_w;
+  int64_t x_pixel, grad_pixel;  // values from pixel to pixel, of copies where there are some
   int64_t taps, depth;      // depth: channels (times filter columns when merge_taps) behind each tap
   int64_t row_values, column_values, columns_padded;  // of a group
   int vectors, rows;

@@ -441,6 +441,9 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n2c6h8w9k10r3s3u2",
         "n1c5h11w12k7r3s3u3p1",
         "n1c7h10w11k9r1s1u2",
+        "n3c37h9w7k40r1s1u2",
+        "n2c33h8w9k66r1s1u2x3g3",
+        "n1c520h3w3k530r1s1",  # a weight gradient in parts
         "n1c7h9w11k9r2s2u3",
         "n1c6h9w9k8r3s3u1x2p1",
         "n1c6h9w9k8r3s3u3x1p1",

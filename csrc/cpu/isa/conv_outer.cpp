@@ -1,28 +1,25 @@
 // Weight gradient: dw[k][tap][c] = sum over output pixels of dy[pixel][k] * x[source(pixel, tap)][c].
 //
 // A tile of the gradient, MR filters x NV vectors of channels for one tap, is held in registers while a block of pixels
-// streams by: each step broadcasts MR neighbouring values of dy and loads NV vectors of x. Blocks are copied so that what
-// a tile reads of them is contiguous: pixels a power of two apart would push each other out of the first-level cache.
+// streams by: each step broadcasts MR neighbouring values of dy and loads NV vectors of x. Blocks are copied, with an odd
+// number of cache lines from pixel to pixel: those a power of two apart would push each other out of the first-level cache.
+// Meanwhile the tiles fetch what the next block will be copied from, or the copy would wait for memory.
 // Where a vector of channels would be half empty, the taps of a filter row and their channels are one run of a padded copy
 // of x, and its vectors are the columns. With very few channels the roles change too: MR values of that run are broadcast and
 // NV vectors of filters loaded, from the gradient where it lies.
-// 14 x 2 on AVX-512 (16 loads for 28 multiply-adds, 14 of them from one cache line), 6 x 2 with 16 registers.
+// 7 x 4 on AVX-512 (11 loads for 28 multiply-adds) where that leaves no vector empty, else 14 x 2 (16 loads, 14 of them from
+// one or two cache lines); 6 x 2 with 16 registers.
 // A task goes through its part of the pixels block by block, and copies a block no larger than half of a core's second-level
 // cache before it is multiplied; tiles are kept between blocks in a float (double for f64) array of the task. How pixels are
 // split, and so the order of every sum, is fixed by the problem alone; tiles may be dealt out to as many threads as there are.
 #include "../kernels.h"
+#include "rows_tile.h"
 #include "staging.h"
 #include "vec.h"
 
 namespace convkit::cpu::CONVKIT_ISA {
 
 namespace {
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kOuterRows = 14;
-#else
-constexpr int kOuterRows = 6;
-#endif
 
 // Three nested runs of pixels; strides in elements of what is broadcast (rows of a tile) and what is loaded (columns).
 struct Runs {
@@ -53,6 +50,8 @@ template <class T> struct OuterTile {
   int64_t sums_stride;
   int64_t chain;     // pixels summed before they are added to the sums
   int tail;          // valid lanes of the last vector
+  const char* ahead; // fetched meanwhile, one line a pixel
+  int64_t ahead_step;
 };
 
 template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(const OuterTile<T>& a) {
@@ -60,6 +59,8 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
   vec<T> acc[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vec<T>{};
+  CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
+    CONVKIT_UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(a.sums + m * a.sums_stride + v * L, 1);
   int64_t chain = 0;
   auto flush = [&] {
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
@@ -71,6 +72,7 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
     chain = 0;
   };
   int64_t row_step = a.runs.row_stride[2], column_step = a.runs.column_stride[2];
+  const char* ahead = a.ahead;
   // The last pixel's last vector may end beyond the tensor, so a partial vector is loaded as one.
   bool whole = a.tail == L;
   for (int64_t i = 0; i < a.runs.count[0]; ++i)
@@ -83,7 +85,8 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
         chain += piece;
         done += piece;
         if (whole) {
-          for (int64_t k = 0; k < piece; ++k, row += row_step, column += column_step) {
+          for (int64_t k = 0; k < piece; ++k, row += row_step, column += column_step, ahead += a.ahead_step) {
+            __builtin_prefetch(ahead, 0, 2);  // to the second-level cache
             vec<T> lane[NV];
             CONVKIT_UNROLL for (int v = 0; v < NV; ++v) lane[v] = load(column + v * L);
             CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
@@ -109,7 +112,7 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
 
 template <class T> using OuterTileFn = void (*)(const OuterTile<T>&);
 
-template <class T, int NV, int MR = kOuterRows> OuterTileFn<T> outer_tile_for(int rows) {
+template <class T, int NV, int MR = kTileRows[NV]> OuterTileFn<T> outer_tile_for(int rows) {
   if constexpr (MR == 1) return outer_tile<T, 1, NV>;
   else return rows == MR ? outer_tile<T, MR, NV> : outer_tile_for<T, NV, MR - 1>(rows);
 }
@@ -119,14 +122,15 @@ template <class S> struct Outer {
   static constexpr int L = kLanes<T>;
   const ConvArgs& a;
   const Pool& pool;
-  const ConvProblem& p = a.problem;
   const OuterPlan& plan = a.plan.outer;
+  const ConvProblem& p = plan.problem;
   char* ws = static_cast<char*>(a.workspace);
   T* sums = reinterpret_cast<T*>(ws + plan.sums.offset);  // [split][group][tap][row value][columns_padded]
   int64_t width = int64_t(plan.vectors) * L;              // of a tile
   int64_t strips = ceil_div(p.p, plan.rows_per_block);    // blocks one below the other
-  // Values of a pixel of staged x: a vector or two of channels, or all of a group (exchanged, there is one).
-  int64_t panel_width() const { return plan.merge_taps ? p.c / p.groups : width; }
+  int64_t channels_of_group = p.c / p.groups;
+  const S *x = static_cast<const S*>(a.x), *grad = static_cast<const S*>(a.src);
+  bool picked = plan.flat && (a.problem.p != a.problem.h || a.problem.q != a.problem.w);  // only the pixels of x that filters meet are copied
 
   Outer(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -148,25 +152,58 @@ template <class S> struct Outer {
     return b;
   }
 
-  // Tiles of rows [first, last), counted through the groups, of one split.
-  void clear(int64_t split, int64_t first, int64_t last) const {
-    for (int64_t unit = first; unit < last; ++unit)
-      for (int64_t tap = 0; tap < plan.taps; ++tap) fill_zero(sums_at(split, unit, tap), rows_of(unit) * plan.columns_padded);
+  // Tiles of rows [first, last), counted through the groups, of one split: their filters and groups.
+  struct Part {
+    int64_t first, last, filter, filters, group, groups;
+  };
+
+  Part part_at(int64_t part) const {
+    int64_t units = p.groups * plan.row_tiles, first = units * part / plan.parts, last = units * (part + 1) / plan.parts;
+    int64_t filter = plan.exchange ? 0 : row_value(first), end = plan.exchange ? p.k : row_value(last - 1) + rows_of(last - 1);
+    int64_t group = first / plan.row_tiles;
+    return {first, last, filter, end - filter, group, ceil_div(last, plan.row_tiles) - group};
   }
   int64_t rows_of(int64_t unit) const { return min_of<int64_t>(plan.rows, plan.row_values - unit % plan.row_tiles * plan.rows); }
+  int64_t row_value(int64_t unit) const { return unit / plan.row_tiles * plan.row_values + unit % plan.row_tiles * plan.rows; }
   T* sums_at(int64_t split, int64_t unit, int64_t tap) const {
     int64_t group = unit / plan.row_tiles, row_value = unit % plan.row_tiles * plan.rows;
     return sums + split * plan.sums_of_split + ((group * plan.taps + tap) * plan.row_values + row_value) * plan.columns_padded;
   }
+  void clear(int64_t split, const Part& part) const {
+    for (int64_t unit = part.first; unit < part.last; ++unit)
+      for (int64_t tap = 0; tap < plan.taps; ++tap) fill_zero(sums_at(split, unit, tap), rows_of(unit) * plan.columns_padded);
+  }
 
-  // Adds what a block has to give to the tiles of rows [first, last). x and grad are copies of the block in panels, x's from
-  // the first tile's group on; exchanged, x[image][row][column][channel] and the gradient, where it lies or likewise.
-  void compute(const Block& b, int64_t split, int64_t first, int64_t last, const T* grad, int64_t grad_image, const T* x) const {
-    int64_t taps_wide = plan.merge_taps ? 1 : p.s;
-    int64_t grad_pixel = plan.exchange ? p.k : plan.rows, x_pixel = panel_width();
-    int64_t grad_row = p.q * grad_pixel, x_row = plan.staged_w * x_pixel, x_image = (b.last_x_row - b.x_row) * x_row;
-    int64_t first_group = first / plan.row_tiles;
-    for (int64_t group = first_group; group * plan.row_tiles < last; ++group)
+  // Memory to be fetched: columns of lines, `step` bytes from one to the next below it.
+  struct Ahead {
+    const char* at = nullptr;
+    int64_t step = 0, lines = 0, columns = 0, done = 0;  // done: lines of the first column
+
+    // Where the next n lines are.
+    const char* take(int64_t n) {
+      const char* here = at + done * step;
+      if ((done += n) >= lines) at += 64, --columns, done = 0;
+      return here;
+    }
+  };
+
+  // What channels [channel, channel + channels) of pixels [first, last), counted through images of hw pixels, are copied
+  // from; nothing where that is not one run or one column after the other.
+  Ahead ahead_of(const S* src, int64_t hw, int64_t c, int64_t first, int64_t last, int64_t channel, int64_t channels) const {
+    bool nchw = p.layout == Layout::nchw;
+    if (nchw && (first % hw != 0 || last % hw != 0 || channels < c)) return {};
+    const char* at = reinterpret_cast<const char*>(src + first * c + (nchw ? 0 : channel));
+    auto lines = [](int64_t values) { return ceil_div(values * int64_t(sizeof(S)), 64); };
+    if (channels == c) return {at, 64, lines((last - first) * c), 1};
+    return {at, c * int64_t(sizeof(S)), last - first, lines(channels)};
+  }
+
+  // Adds what a block has to give to a part. x and grad are copies of it: x[panel][image][row][column][channel], where a
+  // panel is a group when taps are merged, and the gradient likewise or where it lies. `ahead`: what the tiles fetch.
+  void compute(const Block& b, int64_t split, const Part& part, const T* grad, int64_t grad_image, const T* x, Ahead* ahead) const {
+    int64_t taps_wide = plan.merge_taps ? 1 : p.s, x_pixel = plan.x_pixel;
+    int64_t grad_row = p.q * plan.grad_pixel, x_row = plan.staged_w * x_pixel, x_image = (b.last_x_row - b.x_row) * x_row;
+    for (int64_t group = part.group; group < part.group + part.groups; ++group)
       for (int64_t column_tile = 0; column_tile < plan.column_tiles; ++column_tile)
         for (int64_t tap = 0; tap < plan.taps; ++tap) {
           Range rows{b.row, b.last_row}, columns{0, p.q};
@@ -180,111 +217,107 @@ template <class S> struct Outer {
           if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
           int64_t column_value = column_tile * width, column_values = min_of(width, plan.column_values - column_value);
           int vectors = int(ceil_div(column_values, L));
-          int64_t grad_at = (rows.begin - b.row) * grad_row + columns.begin * grad_pixel;
-          int64_t x_at = (rows.begin * p.stride_h + y0 - b.x_row) * x_row + (columns.begin * p.stride_w + x0) * x_pixel;
+          const T* grad_at = grad + (rows.begin - b.row) * grad_row + columns.begin * plan.grad_pixel;
+          const T* x_at = x + (group - part.group) * (plan.merge_taps ? b.images * x_image : channels_of_group) +
+                          (rows.begin * p.stride_h + y0 - b.x_row) * x_row + (columns.begin * p.stride_w + x0) * x_pixel;
           OuterTile<T> tile;
           tile.runs = {{b.images, rows.end - rows.begin, columns.end - columns.begin},
-                       {grad_image, grad_row, grad_pixel},
+                       {grad_image, grad_row, plan.grad_pixel},
                        {x_image, p.stride_h * x_row, p.stride_w * x_pixel}};
           if (plan.exchange)
             for (int d = 0; d < 3; ++d) std::swap(tile.runs.row_stride[d], tile.runs.column_stride[d]);
           tile.runs.merge();
-          tile.tail = plan.exchange ? int(column_values - (vectors - 1) * L) : L;  // beyond a panel's values there are others
+          tile.tail = plan.exchange ? int(column_values - (vectors - 1) * L) : L;  // beyond a copy's values there are others
           tile.chain = plan.chain;
           tile.sums_stride = plan.columns_padded;
-          // The tiles that share a panel of x are neighbours.
-          for (int64_t unit = max_of(first, group * plan.row_tiles); unit < min_of(last, (group + 1) * plan.row_tiles); ++unit) {
-            if (plan.exchange) {
-              tile.rows = x + x_at + unit * plan.rows;
-              tile.columns = grad + grad_at + column_value;
-            } else {
-              int64_t panel = plan.merge_taps ? group - first_group : (group - first_group) * plan.column_tiles + column_tile;
-              tile.rows = grad + (unit - first) * b.images * grad_image + grad_at;
-              tile.columns = x + panel * b.images * x_image + x_at + (plan.merge_taps ? column_value : 0);
-            }
+          // The tiles that share a run of x are neighbours.
+          for (int64_t unit = max_of(part.first, group * plan.row_tiles); unit < min_of(part.last, (group + 1) * plan.row_tiles); ++unit) {
+            tile.rows = plan.exchange ? x_at + unit * plan.rows : grad_at + row_value(unit) - part.filter;
+            tile.columns = (plan.exchange ? grad_at : x_at) + column_value;
             tile.sums = sums_at(split, unit, tap) + column_value;
-            auto kernel = vectors == 1 ? outer_tile_for<T, 1>(int(rows_of(unit))) : outer_tile_for<T, 2>(int(rows_of(unit)));
+            tile.ahead = reinterpret_cast<const char*>(tile.sums), tile.ahead_step = 0;
+            for (int i = 0; i < 2; ++i)
+              if (ahead[i].columns > 0) {
+                tile.ahead_step = ahead[i].step;
+                tile.ahead = ahead[i].take(b.images * (rows.end - rows.begin) * (columns.end - columns.begin));
+                break;
+              }
+            int tile_rows = int(rows_of(unit));
+            auto kernel = vectors == 1   ? outer_tile_for<T, 1>(tile_rows)
+                          : vectors == 2 ? outer_tile_for<T, 2>(tile_rows)
+                                         : outer_tile_for<T, kMaxVectors>(tile_rows);
             kernel(tile);
           }
         }
   }
 
-  // Rows [row, last) of images from `src` on -> panels[tile][image][row][staged column][width], tiles [first, last_tile)
-  // counted through the groups, of which the last of each is filled up with zeros. Column `left` is the image's first; zero
-  // around the image.
-  void stage_panels(const S* src, Image image, int64_t images, int64_t row, int64_t last, int64_t left, int64_t staged_w, int64_t group_values,
-                    int64_t tiles, int64_t first, int64_t last_tile, int64_t width, T* panels) const {
-    constexpr int64_t kAhead = 4096 / sizeof(S);  // memory is fetched a page ahead
-    int64_t rows = last - row, panel = images * rows * staged_w * width, hw = image.h * image.w;
-    auto channel = [&](int64_t tile) { return tile / tiles * group_values + tile % tiles * width; };
-    auto values = [&](int64_t tile) { return min_of(width, group_values - tile % tiles * width); };
-    int64_t columns = min_of(image.w, staged_w - left), begin = max_of<int64_t>(0, row), end = min_of(image.h, last);
-    bool whole_rows = staged_w == image.w && left == 0, covered = whole_rows && begin == row && end == last;
-    for (int64_t tile = first; tile < last_tile; ++tile)
-      if (values(tile) < width || !covered) fill_zero(panels + (tile - first) * panel, panel);
-    // Pixels that are neighbours here and there.
-    auto run = [&](const S* of, int64_t at, int64_t pixels, T* to) {
-      if (image.layout == Layout::nchw) {
-        for (int64_t tile = first; tile < last_tile; ++tile)
-          transpose_block(of + channel(tile) * hw + at, hw, to + (tile - first) * panel, width, values(tile), pixels);
-        return;
-      }
-      const S* from = of + at * image.c;
-      for (int64_t j = 0; j < pixels; ++j, from += image.c, to += width) {  // in the order of the memory
-        const S* here = from + channel(first);
-        T* there = to;
-        // Tiles follow each other through the groups; how many values they have left is counted, not divided.
-        for (int64_t tile = first, left_in_group = group_values - first % tiles * width; tile < last_tile; ++tile, there += panel) {
-          int64_t count = min_of(width, left_in_group);
-          for (int64_t line = 0; line < count * int64_t(sizeof(S)); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(here + kAhead) + line);
-          copy_values(here, there, count);
-          here += count, left_in_group -= count;
-          if (left_in_group == 0) left_in_group = group_values;
-        }
-      }
-    };
-    for (int64_t i = 0; i < images && columns > 0 && begin < end; ++i, src += hw * image.c, panels += rows * staged_w * width) {
-      if (whole_rows) run(src, begin * image.w, (end - begin) * image.w, panels + (begin - row) * staged_w * width);
-      else
-        for (int64_t y = begin; y < end; ++y) run(src, y * image.w, columns, panels + ((y - row) * staged_w + left) * width);
+  // Those pixels and channels -> to, pixel_stride values from pixel to pixel.
+  void stage(const S* src, int64_t hw, int64_t c, int64_t first, int64_t last, int64_t channel, int64_t channels, T* to, int64_t pixel_stride) const {
+    int64_t at_once = p.layout == Layout::nchw ? L : channels;  // few planes at a time are read as streams
+    for (int64_t pixels; first < last; first += pixels, to += pixels * pixel_stride) {
+      pixels = min_of(hw - first % hw, last - first);
+      for (int64_t i = 0; i < channels; i += at_once)
+        stage_pixels(src + first / hw * hw * c, p.layout, hw, c, first % hw, pixels, channel + i, min_of(at_once, channels - i), to + i, pixel_stride);
     }
   }
 
+  void stage_x(const Block& b, const Part& part, T* to) const {
+    const ConvProblem& o = a.problem;
+    int64_t channel = part.group * channels_of_group, channels = part.groups * channels_of_group, rows = b.last_x_row - b.x_row;
+    if (picked)
+      for (int64_t at = b.x_row, end; at < b.last_x_row; to += (end - at) * plan.x_pixel, at = end) {
+        int64_t row = at / o.q;
+        end = min_of((row + 1) * o.q, b.last_x_row);
+        const S* from = x + (row / o.p * o.h + row % o.p * o.stride_h) * o.w * o.c;
+        stage_pixels(from, p.layout, o.q, o.stride_w * o.c, at % o.q, end - at, channel, channels, to, plan.x_pixel);
+      }
+    else if (plan.merge_taps)
+      for (int64_t i = 0; i < b.images * rows; ++i, to += plan.staged_w * plan.x_pixel)
+        for (int64_t group = 0; group < part.groups; ++group)
+          stage_row(x + (b.image + i / rows) * p.h * p.w * p.c, {p.h, p.w, p.c, p.layout}, b.x_row + i % rows - p.pad_top, p.pad_left,
+                    plan.staged_w, channel + group * channels_of_group, channels_of_group, to + group * b.images * rows * plan.staged_w * plan.x_pixel);
+    else
+      for (int64_t image = b.image; image < b.image + b.images; ++image, to += rows * p.w * plan.x_pixel) {
+        int64_t first = (image * p.h + b.x_row) * p.w;
+        stage(x, o.h * o.w, p.c, first, first + rows * p.w, channel, channels, to, plan.x_pixel);
+      }
+  }
+
   // Block by block: copies what is near enough in the caches then for all tiles.
-  void work(int64_t split, int64_t first, int64_t last, T* x, T* grad) const {
-    clear(split, first, last);
-    int64_t blocks = ceil_div(p.n, plan.images_per_block) * strips, grad_pixels = p.p * p.q, x_pixels = p.h * p.w;
-    Image grad_shape{p.p, p.q, p.k, p.layout}, x_shape{p.h, p.w, p.c, p.layout};
-    for (int64_t i = blocks * split / plan.splits; i < blocks * (split + 1) / plan.splits; ++i) {
+  void work(int64_t split, const Part& part, T* staged_x, T* staged_grad) const {
+    clear(split, part);
+    int64_t blocks = ceil_div(p.n, plan.images_per_block) * strips, end = blocks * (split + 1) / plan.splits;
+    int64_t pq = a.problem.p * a.problem.q, hw = a.problem.h * a.problem.w;
+    for (int64_t i = blocks * split / plan.splits; i < end; ++i) {
       Block b = block_at(i);
-      const S* src_grad = static_cast<const S*>(a.src) + b.image * grad_pixels * p.k;
-      const S* src_x = static_cast<const S*>(a.x) + b.image * x_pixels * p.c;
-      int64_t rows = b.last_row - b.row, x_rows = b.last_x_row - b.x_row;
-      if (!plan.exchange) {
-        int64_t first_group = first / plan.row_tiles, last_group = ceil_div(last, plan.row_tiles), tiles = plan.merge_taps ? 1 : plan.column_tiles;
-        int64_t top = plan.merge_taps ? p.pad_top : 0, left = plan.merge_taps ? p.pad_left : 0;
-        stage_panels(src_grad, grad_shape, b.images, b.row, b.last_row, 0, p.q, plan.row_values, plan.row_tiles, first, last, plan.rows, grad);
-        stage_panels(src_x, x_shape, b.images, b.x_row - top, b.last_x_row - top, left, plan.staged_w, p.c / p.groups, tiles, first_group * tiles,
-                     last_group * tiles, panel_width(), x);
-        compute(b, split, first, last, grad, rows * p.q * plan.rows, x);
-        continue;
+      int64_t first = (b.image * p.p + b.row) * p.q, pixels = ((b.images - 1) * p.p + b.last_row - b.row) * p.q;
+      Ahead ahead[2];
+      if (i + 1 < end) {
+        Block n = block_at(i + 1);
+        auto pixels_of = [&](const S* src, int64_t h, int64_t w, int64_t plane, int64_t c, int64_t row, int64_t last_row, int64_t channel,
+                             int64_t channels) {
+          int64_t begin = (n.image * h + max_of<int64_t>(0, row)) * w, last = ((n.image + n.images - 1) * h + min_of(h, last_row)) * w;
+          return ahead_of(src, plane, c, begin, last, channel, channels);
+        };
+        int64_t top = plan.merge_taps ? p.pad_top : 0;
+        ahead[0] = pixels_of(grad, p.p, p.q, pq, p.k, n.row, n.last_row, part.filter, part.filters);
+        if (!picked)
+          ahead[1] = pixels_of(x, p.h, p.w, hw, p.c, n.x_row - top, n.last_x_row - top, part.group * channels_of_group, part.groups * channels_of_group);
       }
-      for (int64_t j = 0; j < b.images * x_rows; ++j)
-        stage_row(src_x + j / x_rows * x_pixels * p.c, x_shape, b.x_row + j % x_rows - p.pad_top, p.pad_left, plan.staged_w, x + j * plan.staged_w * p.c);
-      if (!plan.stage_grad) {
-        compute(b, split, first, last, reinterpret_cast<const T*>(src_grad) + b.row * p.q * p.k, grad_pixels * p.k, x);
-        continue;
+      stage_x(b, part, staged_x);
+      if (plan.stage_grad) {
+        stage(grad, pq, p.k, first, first + pixels, part.filter, part.filters, staged_grad, plan.grad_pixel);
+        compute(b, split, part, staged_grad, pixels / b.images * plan.grad_pixel, staged_x, ahead);
+      } else {
+        compute(b, split, part, reinterpret_cast<const T*>(grad) + first * p.k, pq * p.k, staged_x, ahead);
       }
-      for (int64_t j = 0; j < b.images; ++j)
-        stage_pixels(src_grad + j * grad_pixels * p.k, p.layout, grad_pixels, p.k, b.row * p.q, rows * p.q, 0, p.k, grad + j * rows * p.q * p.k, p.k);
-      compute(b, split, first, last, grad, rows * p.q * p.k, x);
     }
   }
 
   void write() const {
     S* dst = static_cast<S*>(a.dst);
     const WeightStrides& st = a.weight_strides;
-    int64_t channels_of_group = p.c / p.groups, filters_of_group = p.k / p.groups;
+    int64_t filters_of_group = p.k / p.groups;
     parallel(pool, p.k, [&](int64_t begin, int64_t end, int) {
       for (int64_t k = begin; k < end; ++k)
         for (int64_t r = 0; r < p.r; ++r)
@@ -310,14 +343,9 @@ template <class S> struct Outer {
   }
 
   void run() const {
-    int64_t units = p.groups * plan.row_tiles;
     parallel(pool, plan.splits * plan.parts, [&](int64_t begin, int64_t end, int thread) {
-      T* x = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
-      T* grad = x + plan.x_elements;
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t split = i / plan.parts, part = i % plan.parts;
-        work(split, units * part / plan.parts, units * (part + 1) / plan.parts, x, grad);
-      }
+      T* staged_x = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+      for (int64_t i = begin; i < end; ++i) work(i / plan.parts, part_at(i % plan.parts), staged_x, staged_x + plan.x_elements);
     });
     write();
   }

@@ -96,7 +96,7 @@ template <class S> struct Rows {
         const S* from = weight + group * filters_of_group * st.k + first * column_stride;
         T* panel = panels + (group * plan.column_tiles + tile) * panel_size;
         pack_panel<S>(panel, plan.taps, piece * kDepthPiece, min_of(plan.depth, (piece + 1) * kDepthPiece), plan.depth, width,
-                      columns, column_stride, [&](int64_t tap, int64_t d) {
+                      columns, column_stride, plan.merge_taps ? 0 : depth_stride, [&](int64_t tap, int64_t d) {
                         if (plan.merge_taps) return from + tap * st.r + d / p.c * st.s + d % p.c * st.c;
                         return from + tap / p.s * st.r + tap % p.s * st.s + d * depth_stride;
                       });

@@ -106,15 +106,17 @@ struct Image {
 
 constexpr int64_t kPixelsPerTask = 256;
 
-// Row `row` of an image -> a channels-last row of staged_w pixels of which pixel `left` is the image's first; zero around
-// it, and zero all over where the image has no such row. A staged row may end before the image does, where no tap reaches.
+// Channels [channel, channel + channels) of row `row` of an image -> a channels-last row of staged_w pixels of which pixel
+// `left` is the image's first; zero around it, and zero all over where the image has no such row. A staged row may end before
+// the image does, where no tap reaches.
 template <class S>
-CONVKIT_INLINE void stage_row(const S* src, Image image, int64_t row, int64_t left, int64_t staged_w, compute_t<S>* to) {
+CONVKIT_INLINE void stage_row(const S* src, Image image, int64_t row, int64_t left, int64_t staged_w, int64_t channel, int64_t channels,
+                              compute_t<S>* to) {
   int64_t columns = max_of<int64_t>(0, min_of(image.w, staged_w - left));
-  if (row < 0 || row >= image.h || columns == 0) return fill_zero(to, staged_w * image.c);
-  fill_zero(to, left * image.c);
-  stage_pixels(src, image.layout, image.h * image.w, image.c, row * image.w, columns, 0, image.c, to + left * image.c, image.c);
-  fill_zero(to + (left + columns) * image.c, (staged_w - left - columns) * image.c);
+  if (row < 0 || row >= image.h || columns == 0) return fill_zero(to, staged_w * channels);
+  fill_zero(to, left * channels);
+  stage_pixels(src, image.layout, image.h * image.w, image.c, row * image.w, columns, channel, channels, to + left * channels, channels);
+  fill_zero(to + (left + columns) * channels, (staged_w - left - columns) * channels);
 }
 
 // Images [first, first + images) -> channels-last images of staged_h x staged_w pixels whose pixel (top, left) is the
@@ -137,7 +139,7 @@ void stage_images(const Pool& pool, const S* src, Image image, int64_t first, in
   }
   parallel(pool, images * staged_h, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
-      stage_row(src + i / staged_h * hw * image.c, image, i % staged_h - top, left, staged_w, staged + i * staged_w * image.c);
+      stage_row(src + i / staged_h * hw * image.c, image, i % staged_h - top, left, staged_w, 0, image.c, staged + i * staged_w * image.c);
   });
 }
 
