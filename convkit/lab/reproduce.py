@@ -259,7 +259,7 @@ def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: 
             "parameters": found[name][0].parameters,
             "training_seconds": [round(run.seconds, 1) for run in found[name]],
             "runs": [run.folder.name for run in found[name]],
-            "recipe": dataclasses.asdict(found[name][0].recipe),
+            "recipe": _portable(found[name][0].recipe),
         }
     trained = {run.folder: run for group in found.values() for run in group}
     # Of the runs and not of this process: some may have been there before.
@@ -273,6 +273,12 @@ def _judged(claim: Claim, seeds: int, device: torch.device, out: Path, console: 
         "environments": [env for number, env in enumerate(environments) if env not in environments[:number]],
         "arms": arms,
     }
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields, with the runs that it builds on by the names of their folders, wherever these are."""
+    fields = dataclasses.asdict(recipe)
+    return fields | {field: Path(fields[field]).name for field in ("init", "teacher")}
 
 
 def _with_runs(recipe: Recipe, found: Mapping[str, Sequence[runs.Run]]) -> Recipe:

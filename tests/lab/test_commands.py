@@ -195,6 +195,7 @@ def test_reproduce(convkit, small, claims, tmp_path):
     assert len(claim["arms"]["teacher"]["test_errors_percent"]) == 1
     taught = claim["arms"]["taught"]
     assert len(taught["test_errors_percent"]) == 2 and taught["claimed_error_percent"] == 50
+    assert taught["recipe"]["teacher"] == "tiny-teacher-1" and taught["recipe"]["init"] == "tiny-pretext-1"
     for seed, name in enumerate(taught["runs"]):
         recipe = runs.Run.open(folder / name).recipe
         assert recipe.seed == seed and recipe.teacher.endswith("tiny-teacher-1")
