@@ -461,7 +461,8 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     case ConvKernel::outer: {
       const OuterPlan& b = plan.outer;
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
-             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + (b.flat ? num(b.rows_per_block) + " pixels a block" : num(b.images_per_block) + " images x " + num(b.rows_per_block) + " rows a block");
+             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + (b.flat ? "" : num(b.images_per_block) + " images x ") +
+             num(b.rows_per_block) + (b.flat ? " pixels" : " rows") + " a block";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
       if (b.parts > 1) out += " x " + num(b.parts) + " parts";
       out += b.stage_grad ? ", staged input and gradient" : ", staged input";

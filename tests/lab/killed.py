@@ -31,7 +31,7 @@ RECIPE = recipes.Recipe(
 
 
 def go(out, folder=None, objective=None, recipe=RECIPE, save_seconds=0.0):
-    """The run in ``out``, or what is left of the one in ``folder``; last.pt is written after every step."""
+    """The run in ``out``, or what is left of the one in ``folder``; last.pt is written so often."""
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     layers = nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)
