@@ -75,13 +75,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     torch.nn.SyncBatchNorm does so on GPUs alone. Parts of different size count by their size.
     """
 
-    counts: bool = True
-    """Whether this process's pictures do; not when it has none and only takes part."""
-
     @classmethod
-    def convert(cls, model: nn.Module) -> list[SyncBatchNorm]:
+    def convert(cls, model: nn.Module) -> None:
         """Puts one in the place of every batch norm of torch's in ``model``, with its parameters and statistics."""
-        new = []
         for name, module in list(model.named_modules()):
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 norm = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
@@ -89,8 +85,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 norm._buffers = module._buffers
                 norm.train(module.training)
                 model.set_submodule(name, norm)
-                new.append(norm)
-        return new
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -101,13 +95,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         x = input if input.dtype is torch.float64 else input.float()
         dims, shape = [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)
-        share = float(self.counts)
-        mine = torch.cat([share * x.sum(dims), x.new_tensor([share * x.numel() / x.shape[1]])])
+        mine = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
         total = _Sum.apply(mine)
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = x - mean.view(shape)
-        variance = _Sum.apply(share * centred.square().sum(dims)) / count
+        variance = _Sum.apply(centred.square().sum(dims)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1

@@ -404,7 +404,7 @@ _RESNET_WIDE = _variant(
     _RESNET,
     "wide-resnet-cifar10",
     options={"width": 48, "blocks": (1, 1, 1)},
-    epochs=32,
+    epochs=28,
     learning_rate=0.1,
     label_smoothing=0.1,
     validation_share=0.05,

@@ -221,7 +221,7 @@ def fit(
                 log.write(f"resumed in epoch {training.epoch + 1}, after {training.batch} of its batches")
                 if run.history:  # killed between last.pt and metrics.csv, the latter is an epoch behind
                     run.save_history()
-            elif world > 1 and training.own_batch_norms:
+            elif training.own_batch_norms:
                 log.line(f"{recipe.name}: batch norms take the statistics of each of the {world} processes' pictures")
         board = stack.enter_context(_tensorboard(run, training)) if tensorboard and rank == 0 else None
 
@@ -326,13 +326,25 @@ class _Training:
         self.model, self.data, self.objective, self.recipe, self.augment = model, data, objective, recipe, augment
         self.rank, self.world = processes()
         self.device = _device(model)
-        self.batches = math.ceil(len(data.train) / recipe.batch_size)
+        # Up to half a batch at an epoch's end is left out: its gradient is a step as long as any and says less, and
+        # batch norm's running statistics, which validation uses next, would lean on a handful of pictures.
+        self.images, rest = len(data.train), len(data.train) % recipe.batch_size
+        if rest < self.images and 2 * rest <= recipe.batch_size:
+            self.images -= rest
+        self.batches = math.ceil(self.images / recipe.batch_size)
+        smallest = self.images % recipe.batch_size or recipe.batch_size
+        if smallest < self.world:
+            raise LabError(
+                f"{recipe.name}: {self.world} processes cannot share a batch of {smallest}, which is one of those that "
+                f"batch_size={recipe.batch_size} makes of {len(data.train)} pictures: choose a larger batch_size"
+            )
         torch.manual_seed(recipe.seed + (self.rank << 44))  # processes draw different dropout
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.norms = SyncBatchNorm.convert(model) if recipe.sync_batch_norm and self.world > 1 else []
+        if recipe.sync_batch_norm and self.world > 1:
+            SyncBatchNorm.convert(model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.own_batch_norms = len(norms) > len(self.norms)
+        self.own_batch_norms = self.world > 1 and not all(isinstance(norm, SyncBatchNorm) for norm in norms)
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.batches)
         self.average = _make_average(model, recipe.ema) if recipe.ema else None
@@ -464,7 +476,7 @@ class _Training:
             "val_loss": val_loss,
             f"val_{metric}": val_score,
             "seconds": before + time.perf_counter() - started,
-            "images_per_second": len(self.data.train) / trained,
+            "images_per_second": self.images / trained,
         }
         self.epoch, self.batch, self.saved, self.sums, self.seconds = number, 0, 0, torch.zeros_like(self.sums), 0.0
         return row
@@ -472,7 +484,7 @@ class _Training:
     def _batches(self, number: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         """This process's part of the batches of epoch ``number`` that are left: (views of the pictures, labels)."""
         recipe, train = self.recipe, self.data.train
-        order = epoch_order(len(train), recipe.seed, number)
+        order = epoch_order(len(train), recipe.seed, number)[: self.images]
         common = {"augment": self.augment, "start": self.batch, "shard": (self.rank, self.world)}
         views = [
             train.batches(recipe.batch_size, order, seed=(recipe.seed, number, view), **common)
@@ -484,12 +496,6 @@ class _Training:
     def _step(self, views: list[Tensor], labels: Tensor, save: bool) -> bool:
         """One step of the optimizer. Returns whether a process wants to ``save``, and the state now can be."""
         self.optimizer.zero_grad(set_to_none=True)
-        mine = len(labels)
-        if not mine:  # more processes than pictures in the last batch: take part, without a say
-            images, labels = next(self.data.train.batches(1))
-            views = [_like(images, self.model)] * len(views)
-        for norm in self.norms:
-            norm.counts = mine > 0
         try:
             with _autocast(self.device, self.recipe.precision):
                 outcome = Outcome(*self.network(views[0], labels, *views[1:]))
@@ -497,19 +503,19 @@ class _Training:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise LabError(
-                f"{self.recipe.name}: batch norm cannot work on the last batch, of one picture: choose another "
-                f"batch_size than {self.recipe.batch_size}"
+                f"{self.recipe.name}: batch norm cannot work on one picture a process: choose a larger batch_size than "
+                f"{self.recipe.batch_size}"
             ) from None
-        count = int(outcome.count) if mine else 0
+        count = int(outcome.count)
         loss, score = (value.detach().double() for value in (outcome.loss, outcome.score))
-        parts = torch.stack([loss * count, score, torch.full_like(loss, count)]) if mine else loss.new_zeros(3)
+        parts = torch.stack([loss * count, score, torch.full_like(loss, count)])
         self.unread.append((self.epoch * self.batches + self.batch + 1, self.learning_rate, parts))
         due = False
         if len(self.unread) >= STEPS_UNREAD[self.device.type]:  # before the step, which a bad loss would ruin
             due = self._read(save)
         # DistributedDataParallel takes the mean over the processes, whose parts can differ by a picture.
-        batch = min(self.recipe.batch_size, len(self.data.train) - self.batch * self.recipe.batch_size)
-        self.scaler.scale(outcome.loss * (self.world * mine / batch)).backward()
+        batch = min(self.recipe.batch_size, self.images - self.batch * self.recipe.batch_size)
+        self.scaler.scale(outcome.loss * (self.world * len(labels) / batch)).backward()
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)

@@ -19,7 +19,7 @@ RECIPE = recipes.Recipe(
     "fc64",
     "digits5k",
     epochs=3,
-    batch_size=32,
+    batch_size=30,
     learning_rate=1e-2,
     schedule="one_cycle",
     ema=0.9,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from convkit.lab import LabError, augment, data, evaluate, models, objectives, plots, recipes, runs, train
 
-RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=32, learning_rate=1e-3, backend="torch")
+RECIPE = recipes.Recipe("tiny", "fc64", "digits5k", epochs=3, batch_size=30, learning_rate=1e-3, backend="torch")
 CLASSIFY = objectives.Classify()
 QUIET = Console(quiet=True)
 FILES = {"config.json", "env.json", "metrics.csv", "log.txt", "best.pt", "last.pt", "curves.png", "result.json"}
@@ -418,7 +418,7 @@ def test_optimizers_against_torch_by_hand(few, tmp_path, optimizer):
     train.fit(mine, few, Double(), recipe, out=tmp_path, console=QUIET)
     by_hand = OPTIMIZERS[optimizer](expected.parameters())
     for epoch in (1, 2):
-        for images, labels in few.train.batches(32, train.epoch_order(len(few.train), 0, epoch)):
+        for images, labels in few.train.batches(RECIPE.batch_size, train.epoch_order(len(few.train), 0, epoch)):
             by_hand.zero_grad()
             torch.nn.functional.cross_entropy(expected(images.double()), labels).backward()
             norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()
@@ -494,11 +494,36 @@ def test_early_stopping(few, tmp_path, monkeypatch):
     assert run.result["status"] == "finished" and run.result["stopped_early"]
 
 
-def test_a_last_batch_of_one_that_batch_norm_cannot_take(few, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(30, [30] * 6 + [20]), (32, [32] * 6), (80, [80, 80]), (199, [199]), (1000, [200])]
+)
+def test_up_to_half_a_batch_at_the_end_of_an_epoch_is_left_out(few, tmp_path, batch_size, sizes):
+    class Noting(objectives.Classify):
+        def __call__(self, model, images, labels):
+            seen.append(images)
+            return super().__call__(model, images, labels)
+
+    seen = []
+    recipe = dataclasses.replace(RECIPE, batch_size=batch_size, epochs=2)
+    _, run = fit(few, tmp_path, recipe, Noting())
+    assert [len(images) for images in seen] == 2 * sizes
+    assert [row["step"] for row in run.history] == [len(sizes), 2 * len(sizes)]
+    epochs = [torch.cat(part).flatten(1).unique(dim=0) for part in (seen[: len(sizes)], seen[len(sizes) :])]
+    assert len(epochs[0]) == len(epochs[1]) == sum(sizes)  # different pictures within an epoch,
+    assert torch.equal(*epochs) == (sum(sizes) == 200)  # and others are left out of the next
+
+
+def test_batches_of_one_that_batch_norm_cannot_take(few, tmp_path):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
-    recipe = dataclasses.replace(RECIPE, batch_size=199)
-    with pytest.raises(LabError, match="choose another batch_size than 199"):
+    recipe = dataclasses.replace(RECIPE, batch_size=1)
+    with pytest.raises(LabError, match="one picture a process: choose a larger batch_size than 1"):
         train.fit(model, few, CLASSIFY, recipe, out=tmp_path, console=QUIET)
+
+
+def test_batches_that_are_too_small_to_be_shared(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "processes", lambda: (0, 21))
+    with pytest.raises(LabError, match="21 processes cannot share a batch of 20, .*batch_size=30 makes of 200"):
+        fit(few, tmp_path)
 
 
 def test_tensorboard_that_is_not_there_is_said_before_training(few, tmp_path, monkeypatch):
