@@ -336,10 +336,17 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
   b.pad_top = b.input_grad ? a.r - 1 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? a.s - 1 - a.pad_left : a.pad_left;
   int64_t extent = a.r + 3, positions = extent * extent;  // of a tile of the source
-  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4), b.tiles = a.n * b.tiles_h * b.tiles_w;
+  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4);
   b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
   int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
-  b.groups = ceil_div(b.tiles, rows);
+  int64_t fewer_h = ceil_div(b.src_h, 4), fewer_w = ceil_div(b.src_w, 4), pixels = b.dst_h * b.dst_w * kWinogradWidth * 4;
+  // The sums of an image lie beside a block of tiles then, and its tiles fill fewer rows of a register tile.
+  b.spread = b.input_grad && 3 * fewer_h * fewer_w < 2 * b.tiles_h * b.tiles_w && pixels <= f.l2_bytes / 8 &&
+             b.depth_blocks * b.column_blocks * positions * kWinogradPanel * 4 <= kSharedFilterBytes;
+  if (b.spread) b.tiles_h = fewer_h, b.tiles_w = fewer_w, b.pad_top = a.pad_top, b.pad_left = a.pad_left;
+  b.image_groups = b.spread ? ceil_div(b.tiles_h * b.tiles_w, rows) : 1;
+  b.tiles = a.n * b.tiles_h * b.tiles_w;
+  b.groups = b.spread ? a.n * b.image_groups : ceil_div(b.tiles, rows);
 
   int64_t filter_block = positions * kWinogradPanel * 4, group = positions * rows * kWinogradWidth * 4;
   // A row of tiles of the source, or of the output, as channels-last pixels.
@@ -354,19 +361,20 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
     b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
     b.scratch_bytes = 2 * positions * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
   } else {
-    b.streaming = !nchw && whole_lines && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    b.streaming = !b.spread && !nchw && whole_lines && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
     int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
     // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
     int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
-    b.shared_filters = filters <= f.l2_bytes / 3 || (filters <= kSharedFilterBytes && b.groups > 2 * groups_beside_filters);
+    b.shared_filters = b.spread || filters <= f.l2_bytes / 3 || (filters <= kSharedFilterBytes && b.groups > 2 * groups_beside_filters);
     if (b.shared_filters) {
       // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
       int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
-      int64_t groups_at_once = std::max<int64_t>(1, room / ((b.depth_blocks + 1) * group));
+      int64_t images = b.groups / b.image_groups, image = b.image_groups * (b.depth_blocks + 1) * group;  // or groups, each by itself
+      int64_t images_at_once = std::max<int64_t>(1, room / image);
       b.groups_per_chunk = b.groups;
-      b.tile_blocks = std::min(b.groups, ceil_div(ceil_div(b.groups, groups_at_once), f.threads) * f.threads);
+      b.tile_blocks = std::min(images, ceil_div(ceil_div(images, images_at_once), f.threads) * f.threads);
       b.filters = ws.take(filters);
-      b.scratch_bytes = ceil_div(b.groups, b.tile_blocks) * (b.depth_blocks + 1) * group + strip;
+      b.scratch_bytes = ceil_div(images, b.tile_blocks) * image + (b.spread ? std::max(strip, pixels) : strip);
     } else {
       b.groups_per_chunk = std::min(b.groups, std::max(groups_beside_filters, kWinogradSourceBytes / (b.depth_blocks * group)));
       b.tile_blocks = ceil_div(b.groups_per_chunk, groups_beside_filters);
@@ -398,6 +406,7 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
     return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
   }
   double repeats = b.shared_filters ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  if (b.spread) std::swap(src, dst);  // of what they cost
   return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * repeats + 4e5 < direct / 0.9 + filters * kFilter;
 }
 
@@ -480,7 +489,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       const WinogradPlan& b = plan.winograd;
       out += "winograd_" + std::string(f.isa) + "_4x4" + (a.r == 3 ? ", " : "_5x5, ") + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
-      else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.shared_filters ? "" : ", filters transformed by block");
+      else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.spread ? ", spread" : "") + (b.shared_filters ? "" : ", filters transformed by block");
       break;
     }
   }

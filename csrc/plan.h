@@ -119,7 +119,9 @@ struct WinogradPlan {
   bool input_grad;
   int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6 (8 x 8): the input, or y's gradient when input_grad
   int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
-  int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used
+  int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used. Spread: of the convolution
+  bool spread;                  // input gradient: the source is cut into tiles of 4 x 4, and what they come to is added up
+  int64_t image_groups;         // spread: groups of an image, which is one task's; else 1
   int64_t tiles_h, tiles_w, tiles;
   int64_t depth_blocks, column_blocks;  // of src_c, dst_c
   int64_t groups;               // of tiles: rows of a register tile

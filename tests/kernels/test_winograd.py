@@ -111,8 +111,28 @@ def test_numbers_of_tiles(everywhere, tiles: int):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transposed(everywhere, layout: str):
-    for text in ("n2c9h8w7k10r5s5p2", "n2c9h8w7k10r3s3p1", "n1c20h3w9k33r3s3p0x1", "n2c5h6w6k7r3s3p2"):
+    texts = "n2c9h8w7k10r5s5p2", "n2c9h8w7k10r3s3p1", "n1c20h3w9k33r3s3p0x1", "n2c5h6w6k7r3s3p2", "n3c9h8w7k10r5s5"
+    for text in texts:
         assert_within_bound(transpose_sample(parse(text, layout)))
+
+
+SPREAD = ("n5c20h12w12k50r5s5", "n3c70h9w13k130r5s5", "n2c17h14w14k9r5s5p1x0x0x1", "n4c33h6w5k20r3s3")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ("f32", "bf16", "f16"))
+@pytest.mark.parametrize("text", SPREAD)
+def test_input_gradients_by_tiles_of_the_gradient(everywhere, text: str, dtype: str, layout: str):
+    """Where images without full padding have fewer of these; of one image or several a task, of several blocks."""
+    problem = parse(text, layout, dtype)
+    assert "spread" in _C.plan(str(problem), "dgrad")
+    assert_within_bound(conv_sample(problem))
+
+
+def test_input_gradients_of_long_images_are_gathered(everywhere):
+    """The sums of an image would not stay in a cache."""
+    plan = _C.plan(str(parse("n1c20h6w9999k50r5s5")), "dgrad")
+    assert "winograd" in plan and "spread" not in plan
 
 
 @pytest.mark.parametrize("arrange", (torch.Tensor.contiguous, lambda t: t.to(memory_format=torch.channels_last)))
@@ -243,6 +263,7 @@ def test_the_same_choice_for_any_number_of_threads():
     (
         "n5c64h13w17k70r3s3p1",  # shared filters, several parts of a weight gradient
         "n2c330h9w9k325r3s3p1",  # filters transformed by block
+        "n7c20h12w12k70r5s5",  # input gradients of whole images, some of them of one task
     ),
 )
 @pytest.mark.parametrize("layout", LAYOUTS)

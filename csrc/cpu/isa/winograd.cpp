@@ -3,7 +3,8 @@
 //
 // Tiles of 6 x 6 (8 x 8) source pixels are transformed to as many positions, each position is a matrix product of its own
 // (tiles x channels times channels x filters; in the weight gradient filters x tiles times tiles x channels), and the sums
-// are transformed back to 4 x 4 outputs or 3 x 3 taps. Everything between lies in blocks [36][rows][64] of a few tiles (or a
+// are transformed back to 4 x 4 outputs or 3 x 3 taps. Input gradients of images with less than full padding may take fewer
+// tiles the other way round: 4 x 4 pixels of y's gradient each, transformed back to the 6 x 6 that they reach. Everything between lies in blocks [36][rows][64] of a few tiles (or a
 // few filters) and 64 channels, so that what a product reads and writes is next to each other whatever the tensor's size:
 // rows of 64 values have the same distance in every operand, and a block is a part of a core's second-level cache.
 #include "../kernels.h"
@@ -200,7 +201,7 @@ template <class S, int kFilter> struct Tiles {
           float* target = to + (d + i) * kWidth + (first - columns.begin);
           auto keep = [&](int y, int x, V value) { store(target + (y * kTileIn + x) * kPanel, value); };
           auto transform = [&](const auto* tap, int64_t row, int64_t column) {
-            if (plan.input_grad) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
+            if (plan.input_grad && !plan.spread) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
             int n = int(wide);
             if (wide == L) transform_tile<typename Transforms::Filter>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
             else transform_tile<typename Transforms::Filter>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
@@ -219,12 +220,14 @@ template <class S, int kFilter> struct Tiles {
 
   // Groups of `groups`, one block of depth -> to[group][position][tile][channel].
   void transform_source(const Pixels<S>& src, Range groups, int64_t depth_block, float* to, float* strip) const {
-    Range depth = block_of(plan.src_c, depth_block);
-    transform_pixels<typename Transforms::Source>(
-        src, {group(groups.begin).begin, group(groups.end - 1).end}, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
-          int64_t g = group_of(tile);
-          return to + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
-        });
+    Range depth = block_of(plan.src_c, depth_block), tiles{group(groups.begin).begin, group(groups.end - 1).end};
+    auto transform = [&]<class Transform>(Tag<Transform>) {
+      transform_pixels<Transform>(src, tiles, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
+        int64_t g = group_of(tile);
+        return to + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
+      });
+    };
+    plan.spread ? transform(Tag<typename Transforms::Grad>{}) : transform(Tag<typename Transforms::Source>{});
   }
 
   // One block of depth of the 36 products: sums[group][position][tile][column] (+)= source * filters.
@@ -315,8 +318,35 @@ template <class S, int kFilter> struct Tiles {
     if (streaming) fence();
   }
 
+  // Of whole images: what the tiles come to at the pixels that they reach, of which neighbours share some, is added up.
+  void spread_output(const float* sums, Range groups, int64_t column_block, float* pixels) const {
+    Range columns = block_of(plan.dst_c, column_block);
+    int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w, tiles = plan.tiles_h * plan.tiles_w;
+    for (int64_t image = groups.begin / plan.image_groups; image < groups.end / plan.image_groups; ++image) {
+      for (int64_t v = 0; v < channels; v += L) {
+        V first = a.bias != nullptr ? biases_up_to<S>(a, columns.begin + v, channels - v) : V{};
+        for (int64_t i = 0; i < h * w; ++i) store(pixels + i * kWidth + v, first);
+      }
+      for (int64_t tile = image * tiles; tile < (image + 1) * tiles; ++tile) {
+        int64_t y0 = tile % tiles / plan.tiles_w * kTileOut - plan.pad_top, x0 = tile % plan.tiles_w * kTileOut - plan.pad_left, g = group_of(tile);
+        const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
+        float* to = pixels + (y0 * w + x0) * kWidth;
+        uint32_t rows = 0, across = 0;  // bit i: does row, does column i of the tile exist?
+        for (int i = 0; i < kTileIn; ++i) rows |= uint32_t(y0 + i >= 0 && y0 + i < h) << i, across |= uint32_t(x0 + i >= 0 && x0 + i < w) << i;
+        for (int64_t v = 0; v < channels; v += L)
+          transform_tile<typename Transforms::Spread>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
+                                                      [&](int i, int j, V value) {
+                                                        if ((rows >> i & across >> j & 1) == 0) return;
+                                                        float* pixel = to + (i * w + j) * kWidth + v;
+                                                        store(pixel, load(pixel) + value);
+                                                      });
+      }
+      unstage_pixels(pixels, kWidth, static_cast<S*>(a.dst) + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, 0, h * w, columns.begin, channels);
+    }
+  }
+
   void forward() const {
-    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
+    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.spread ? 0 : plan.pad_top, plan.spread ? 0 : plan.pad_left};
     float *filters = at(plan.filters), *source = at(plan.source);
     int64_t filter_blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     if (plan.shared_filters) {
@@ -332,14 +362,15 @@ template <class S, int kFilter> struct Tiles {
       parallel(pool, plan.tile_blocks, [&](int64_t begin, int64_t end, int thread) {
         float* local = scratch(thread);
         for (int64_t i = begin; i < end; ++i) {
-          Range groups = part(plan.groups, plan.tile_blocks, i);
+          Range groups = part(plan.groups / plan.image_groups, plan.tile_blocks, i);
+          groups = {groups.begin * plan.image_groups, groups.end * plan.image_groups};
           int64_t size = (groups.end - groups.begin) * kGroupBlock;
           float *sums = local + plan.depth_blocks * size, *strip = sums + size;
           for (int64_t d = 0; d < plan.depth_blocks; ++d) transform_source(src, groups, d, local + d * size, strip);
           for (int64_t c = 0; c < plan.column_blocks; ++c) {
             for (int64_t d = 0; d < plan.depth_blocks; ++d)
               multiply(local + d * size, filters + (c * plan.depth_blocks + d) * block, sums, groups, c, d);
-            transform_output(sums, groups, c, strip);
+            plan.spread ? spread_output(sums, groups, c, strip) : transform_output(sums, groups, c, strip);
           }
         }
       });

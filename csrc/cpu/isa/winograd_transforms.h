@@ -3,8 +3,8 @@
 //
 // A tile of 4 x 4 outputs y comes from the inputs d and a filter g by y = A'[(G g G') * (B' d B)]A, where * is taken
 // position by position: 36 products instead of 144 for a 3 x 3 filter, 64 instead of 400 for a 5 x 5 one. The weight
-// gradient is the same identity read the other way, dg = G'[(B' d B) * (A dy A')]G, and the input gradient is the forward
-// pass with the filter turned by half a turn.
+// gradient is the same identity read the other way, dg = G'[(B' d B) * (A dy A')]G, and so is the input gradient,
+// dd = B[(G g G') * (A dy A')]B', which can also be had as the forward pass with the filter turned by half a turn.
 //
 // The points are 0, pairs ±x, and infinity: 5/8 and 3/2 for 3 x 3, 7/16, 1 and 2 for 5 x 5. Their powers are exact in
 // float32 and of moderate size: the error is half of that with the textbook's 1 and 2 (measured, norm-wise, 64 channels:
@@ -68,6 +68,24 @@ template <int R> struct Winograd {
         CONVKIT_UNROLL for (int i = 0; i < pairs - 1; ++i) even += m.without[k][i] * d[2 + 2 * i], odd += m.without[k][i] * d[1 + 2 * i];
         v[1 + 2 * k] = even + m.point[k] * odd;
         v[2 + 2 * k] = even - m.point[k] * odd;
+      }
+    }
+  };
+
+  struct Spread {  // B, the transpose: what the sums of products come to at the pixels that a tile was made from
+    static constexpr int in = tile, out = tile;
+    template <class V> CONVKIT_INLINE static void apply(const V* v, V* d) {
+      V even[pairs], odd[pairs];
+      CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) even[k] = v[1 + 2 * k] + v[2 + 2 * k], odd[k] = m.point[k] * (v[1 + 2 * k] - v[2 + 2 * k]);
+      CONVKIT_UNROLL for (int i = 0; i <= pairs; ++i) {
+        d[2 * i] = i < pairs ? m.all[i] * v[0] : v[0];
+        d[2 * i + 1] = i < pairs ? m.all[i] * v[tile - 1] : v[tile - 1];
+        CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) {
+          if (i == pairs) d[2 * i] += even[k];
+          else if (i > 0) d[2 * i] += m.without[k][i - 1] * even[k];
+          if (i == pairs - 1) d[2 * i + 1] += odd[k];
+          else if (i < pairs - 1) d[2 * i + 1] += m.without[k][i] * odd[k];
+        }
       }
     }
   };
