@@ -42,7 +42,7 @@ class Recipe:
     epochs: int
     """Passes over the training pictures."""
     batch_size: int
-    """Of all processes together."""
+    """Of all processes together. Up to half a batch at the end of an epoch is left out, other pictures in each."""
     learning_rate: float
     """The largest of the schedule."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
