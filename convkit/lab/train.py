@@ -335,8 +335,8 @@ class _Training:
         smallest = self.images % recipe.batch_size or recipe.batch_size
         if smallest < self.world:
             raise LabError(
-                f"{recipe.name}: {self.world} processes cannot share a batch of {smallest}, which is one of those that "
-                f"batch_size={recipe.batch_size} makes of {len(data.train)} pictures: choose a larger batch_size"
+                f"{recipe.name}: {self.world} processes cannot share a batch of {smallest}, such as "
+                f"batch_size={recipe.batch_size} makes of {len(data.train)} pictures: choose another or fewer processes"
             )
         torch.manual_seed(recipe.seed + (self.rank << 44))  # processes draw different dropout
         if recipe.channels_last:
