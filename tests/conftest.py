@@ -1,7 +1,11 @@
-"""Set-up of every test: repeatable random numbers, how many problems hypothesis draws, and where kernels run."""
+"""Set-up of every test: repeatable random numbers, how many problems hypothesis draws, Ctrl-C, where kernels run."""
 
 import contextlib
 import os
+import signal
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that tests of it start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch starts its threads: waiting ones sleep. They would spin, and on a busy machine hold up the one that they
 # wait for, thousands of times in tests as small as these.
