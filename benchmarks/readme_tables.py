@@ -160,7 +160,8 @@ def _bench_facts(path: Path) -> list[str]:
         ", ".join(dict.fromkeys(names))
         for names in ((r.family for r in rows), (r.dtype for r in rows), results.settings.peers)
     )
-    where = machine.gpu or f"{machine.cpu}, {machine.isa}, {machine.threads} threads on {machine.cores} cores"
+    threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
+    where = machine.gpu or f"{machine.cpu}, {machine.isa}, {threads} on {machine.cores} cores"
     busy = ", busy meanwhile" if results.disturbances() else ""
     what = f"`convkit bench`: {len(rows)} rows of {families}; {dtypes}; peers {peers}"
     return [what, where + busy, machine.date[:10], machine.torch, version(machine)]
