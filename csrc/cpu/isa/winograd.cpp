@@ -4,9 +4,10 @@
 // Tiles of 6 x 6 (8 x 8) source pixels are transformed to as many positions, each position is a matrix product of its own
 // (tiles x channels times channels x filters; in the weight gradient filters x tiles times tiles x channels), and the sums
 // are transformed back to 4 x 4 outputs or 3 x 3 taps. Input gradients of images with less than full padding may take fewer
-// tiles the other way round: 4 x 4 pixels of y's gradient each, transformed back to the 6 x 6 that they reach. Everything between lies in blocks [36][rows][64] of a few tiles (or a
-// few filters) and 64 channels, so that what a product reads and writes is next to each other whatever the tensor's size:
-// rows of 64 values have the same distance in every operand, and a block is a part of a core's second-level cache.
+// tiles the other way round: 4 x 4 pixels of y's gradient each, transformed back to the 6 x 6 that they reach.
+// Everything between lies in blocks [36][rows][64] of a few tiles (or a few filters) and 64 channels, so that what a product
+// reads and writes is next to each other whatever the tensor's size: rows of 64 values have the same distance in every
+// operand, and a block is a part of a core's second-level cache.
 #include "../kernels.h"
 #include "rows_tile.h"
 #include "staging.h"
@@ -330,14 +331,13 @@ template <class S, int kFilter> struct Tiles {
       for (int64_t tile = image * tiles; tile < (image + 1) * tiles; ++tile) {
         int64_t y0 = tile % tiles / plan.tiles_w * kTileOut - plan.pad_top, x0 = tile % plan.tiles_w * kTileOut - plan.pad_left, g = group_of(tile);
         const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
-        float* to = pixels + (y0 * w + x0) * kWidth;
         uint32_t rows = 0, across = 0;  // bit i: does row, does column i of the tile exist?
         for (int i = 0; i < kTileIn; ++i) rows |= uint32_t(y0 + i >= 0 && y0 + i < h) << i, across |= uint32_t(x0 + i >= 0 && x0 + i < w) << i;
         for (int64_t v = 0; v < channels; v += L)
           transform_tile<typename Transforms::Spread>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
                                                       [&](int i, int j, V value) {
                                                         if ((rows >> i & across >> j & 1) == 0) return;
-                                                        float* pixel = to + (i * w + j) * kWidth + v;
+                                                        float* pixel = pixels + ((y0 + i) * w + x0 + j) * kWidth + v;
                                                         store(pixel, load(pixel) + value);
                                                       });
       }

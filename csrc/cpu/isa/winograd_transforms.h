@@ -77,14 +77,11 @@ template <int R> struct Winograd {
     template <class V> CONVKIT_INLINE static void apply(const V* v, V* d) {
       V even[pairs], odd[pairs];
       CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) even[k] = v[1 + 2 * k] + v[2 + 2 * k], odd[k] = m.point[k] * (v[1 + 2 * k] - v[2 + 2 * k]);
-      CONVKIT_UNROLL for (int i = 0; i <= pairs; ++i) {
-        d[2 * i] = i < pairs ? m.all[i] * v[0] : v[0];
-        d[2 * i + 1] = i < pairs ? m.all[i] * v[tile - 1] : v[tile - 1];
+      CONVKIT_UNROLL for (int i = 0; i <= pairs; ++i) {  // the highest coefficients are 1
+        d[2 * i] = m.all[i] * v[0], d[2 * i + 1] = m.all[i] * v[tile - 1];
         CONVKIT_UNROLL for (int k = 0; k < pairs; ++k) {
-          if (i == pairs) d[2 * i] += even[k];
-          else if (i > 0) d[2 * i] += m.without[k][i - 1] * even[k];
-          if (i == pairs - 1) d[2 * i + 1] += odd[k];
-          else if (i < pairs - 1) d[2 * i + 1] += m.without[k][i] * odd[k];
+          if (i > 0) d[2 * i] += m.without[k][i - 1] * even[k];
+          if (i < pairs) d[2 * i + 1] += m.without[k][i] * odd[k];
         }
       }
     }
