@@ -6,12 +6,11 @@
 #include <initializer_list>
 #include <tuple>
 
+#include "operators.h"
 #include "tensors.h"
 
 namespace convkit {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 ChannelShape shape_of(const Tensor& t, DType dtype, bool channels_last) {
   return {t.size(0), t.size(1), t.size(2) * t.size(3), dtype, layout(channels_last)};

@@ -4,13 +4,11 @@
 #include <string>
 #include <string_view>
 
+#include "operators.h"
 #include "tensors.h"
 
 namespace convkit {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using Activation = std::optional<std::string_view>;
 
 // Far from overflow in sums and products of two, and beyond any tensor that could be allocated.
 constexpr int64_t kLargest = int64_t(1) << 31;

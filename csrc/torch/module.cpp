@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 
+#include "operators.h"
 #include "tensors.h"
 #if defined(CONVKIT_CUDA)
 #include "../cuda/device.h"
@@ -43,8 +44,6 @@ TORCH_LIBRARY(convkit, m) {
 namespace convkit {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Autocast as PyTorch's convolutions have it: floating-point arguments are cast to the region's dtype (weights once a
 // region, from its cache), and what is computed inside runs with autocast off.
 template <c10::DeviceType device> struct Autocast {
@@ -53,37 +52,25 @@ template <c10::DeviceType device> struct Autocast {
   static Tensor cast(const Tensor& t) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device); }
   static OptionalTensor cast(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(cast(*t)) : t; }
 
-  template <class Signature> static auto op(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
-  }
-
-  using Conv = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::optional<std::string_view>, const OptionalTensor&,
-                      const OptionalTensor&);
   // A scale, and the bias beside it, stay float32: they belong to the accumulators.
   static Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                       std::optional<std::string_view> activation, const OptionalTensor& scale, const OptionalTensor& residual) {
+                       Activation activation, const OptionalTensor& scale, const OptionalTensor& residual) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
-    static auto call = op<Conv>("convkit::conv2d");
-    return call.call(cast(input), cast(weight), scale.has_value() ? bias : cast(bias), stride, padding, dilation, groups, activation, scale, cast(residual));
+    return op::conv2d::call(cast(input), cast(weight), scale.has_value() ? bias : cast(bias), stride, padding, dilation, groups, activation, scale, cast(residual));
   }
 
-  using Transposed = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t);
   static Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef output_padding,
                                  IntArrayRef dilation, int64_t groups) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
-    static auto call = op<Transposed>("convkit::conv_transpose2d");
-    return call.call(cast(input), cast(weight), cast(bias), stride, padding, output_padding, dilation, groups);
+    return op::conv_transpose2d::call(cast(input), cast(weight), cast(bias), stride, padding, output_padding, dilation, groups);
   }
 
-  using Separable = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<std::string_view>, const OptionalTensor&,
-                           const OptionalTensor&, std::optional<std::string_view>, IntArrayRef, IntArrayRef, IntArrayRef);
   // Scales and shifts stay float32, as above.
   static Tensor separable_conv2d(const Tensor& input, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_scale,
-                                 const OptionalTensor& depthwise_shift, std::optional<std::string_view> depthwise_activation, const OptionalTensor& scale,
-                                 const OptionalTensor& shift, std::optional<std::string_view> activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+                                 const OptionalTensor& depthwise_shift, Activation depthwise_activation, const OptionalTensor& scale, const OptionalTensor& shift,
+                                 Activation activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
-    static auto call = op<Separable>("convkit::separable_conv2d");
-    return call.call(cast(input), cast(depthwise_weight), cast(pointwise_weight), depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, activation, stride, padding,
+    return op::separable_conv2d::call(cast(input), cast(depthwise_weight), cast(pointwise_weight), depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, activation, stride, padding,
                      dilation);
   }
 

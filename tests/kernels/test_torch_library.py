@@ -263,3 +263,80 @@ def test_vmap(name: str):
     x = torch.stack([sample.tensors["input"], sample.tensors["input"] * 2])
     ours, theirs = (torch.func.vmap(lambda v, m=module: sample(m, input=v))(x) for module in (CF, reference))
     torch.testing.assert_close(ours, theirs)
+
+
+def transformed(sample: Sample, module):
+    """The sum of squares of the sample's output, as a function of its tensors."""
+    names = list(sample.tensors)
+
+    def loss(*values):
+        buffers = {key: t.clone() for key, t in sample.buffers.items()}
+        tensors = dict(zip(names, values, strict=True))
+        return getattr(module, sample.op)(**tensors, **buffers, **sample.options).square().sum()
+
+    return loss, tuple(t.detach() for t in sample.tensors.values())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_func_grad(name: str):
+    sample = small_samples("f64")[name]
+    (ours, tensors), (theirs, _) = transformed(sample, CF), transformed(sample, reference)
+    every = tuple(range(len(tensors)))
+
+    def second(loss):
+        return lambda *values: sum(g.square().sum() for g in torch.func.grad(loss, every)(*values))
+
+    for a, b in ((ours, theirs), (second(ours), second(theirs))):
+        torch.testing.assert_close(torch.func.grad(a, every)(*tensors), torch.func.grad(b, every)(*tensors))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_image():
+    """torch.func.vmap over torch.func.grad, as for differential privacy."""
+    x, w, b = (torch.randn(size, dtype=torch.float64) for size in ((3, 4, 8, 8), (6, 4, 3, 3), (6,)))
+
+    def loss(module):
+        def of(weight, bias, image):
+            y = module.conv2d(image.unsqueeze(0), weight, bias, padding=1, activation="relu")
+            return module.max_pool2d(y, 2).square().sum()
+
+        return of
+
+    ours, theirs = (
+        torch.func.vmap(torch.func.grad(loss(module), (0, 1)), (None, None, 0))(w, b, x) for module in (CF, reference)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_forward_mode_is_refused(name: str):
+    """It would be wrong to go on: the tangent would be lost."""
+    sample = small_samples("f64")[name]
+    loss, tensors = transformed(sample, CF)
+    message = f"convkit.{sample.op}: got a tangent; accepts reverse-mode differentiation only"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(loss, tensors, tensors)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        duals = [torch.autograd.forward_ad.make_dual(t, t) for t in tensors]
+        loss(*duals)
+
+
+@pytest.mark.parametrize("op", sorted({sample.op for sample in small_samples("f64").values()}))
+def test_compiled_autograd(op: str):
+    """A backward pass that is traced as a whole; one trace must not serve other strides, paddings or arguments."""
+    torch._dynamo.reset()
+
+    def grads(one: Sample, compiled: bool) -> list[torch.Tensor | None]:
+        tensors = {key: t.detach().clone().requires_grad_() for key, t in one.tensors.items()}
+        buffers = {key: t.clone() for key, t in one.buffers.items()}
+        loss = getattr(CF, one.op)(**tensors, **buffers, **one.options).square().sum()
+        if compiled:
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", dynamic=False)):
+                loss.backward()
+        else:
+            loss.backward()
+        return [t.grad for t in tensors.values()]
+
+    for one in (sample for sample in small_samples("f64").values() if sample.op == op):
+        for ours, right in zip(grads(one, True), grads(one, False), strict=True):
+            torch.testing.assert_close(ours, right)
