@@ -118,6 +118,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
                     taps_inside(a.h, a.p, a.r, a.pad_top, a.dilation_h) * taps_inside(a.w, a.q, a.s, a.pad_left, a.dilation_w) < 0.8;
   b.chain = pick_chain(a.dtype, b.taps * b.depth);
   b.group_columns = b.dst_c / a.groups;
+  b.blocks_dst = b.stage_dst && !b.across_images && (!b.input_grad || (a.stride_h == 1 && a.stride_w == 1)) && b.group_columns >= lanes;
   b.vectors = pick_vectors(b.group_columns, lanes, f);
   b.rows = f.rows_for_vectors[b.vectors];
   b.column_tiles = ceil_div(b.group_columns, b.vectors * lanes);
@@ -138,7 +139,8 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.panels = ws.take(a.groups * b.column_tiles * b.taps * b.depth * b.vectors * lanes * element);
   b.zeros = ws.take((b.src_c + 2 * a.groups * b.column_tiles * b.vectors * lanes) * element);
   b.src = ws.take(b.images_per_chunk * src_bytes);
-  b.dst = ws.take(b.images_per_chunk * dst_bytes);
+  b.block_bytes = b.blocks_dst ? b.tiles_per_block * b.rows * b.vectors * lanes * element : 0;
+  b.dst = ws.take(b.blocks_dst ? f.threads * b.block_bytes : b.images_per_chunk * dst_bytes);
   b.table_bytes = ceil_div(b.tiles_per_block * ((b.taps + 1) * b.rows * 8 + 16 + b.taps * 4) + b.taps * 20 + a.s * 8, 64) * 64;
   b.tables = ws.take(f.threads * b.table_bytes);
   return b;
@@ -455,7 +457,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.across_images ? " across images" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
              num(b.images_per_chunk) + " images a chunk";
       if (b.stage_src || b.stage_dst)
-        out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.stage_dst ? " output" : "");
+        out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.blocks_dst ? " output, block by block" : b.stage_dst ? " output" : "");
       break;
     }
     case ConvKernel::planes: {

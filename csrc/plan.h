@@ -34,6 +34,7 @@ struct RowsPlan {
   bool input_grad;          // source pixel of (dst pixel, tap): divide by the stride instead of multiplying
   bool merge_taps;          // few channels: the taps of a filter row and their channels are one run of a padded copy
   bool stage_src, stage_dst;  // through a channels-last copy in the arithmetic's type, a few images at a time
+  bool blocks_dst;          // the copy of the output is a task's own: its pixels are neighbours in the output
   bool across_images;       // a tile takes the same pixel of many images, so that all its rows have the same taps in the padding
   bool stream;              // write past the caches
   int64_t staged_h, staged_w;  // size of a staged source image (padded when merge_taps)
@@ -46,6 +47,7 @@ struct RowsPlan {
   int64_t tiles_per_block;  // row tiles whose pointer table a task makes at once
   Piece panels, zeros, src, dst, tables;
   int64_t table_bytes;      // of one thread
+  int64_t block_bytes;      // of one thread, in dst: the copy of a block's columns
 };
 
 // Forward and input gradient with few channels a group: through a copy in planes, vectors of pixels.

@@ -150,7 +150,8 @@ template <class S> struct Rows {
     Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, plan.across_images ? images : 0, 0, 0, 0, 0, 0};
     at.seek(first_pixel);
     int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
-    int64_t MR = plan.rows;
+    int64_t MR = plan.rows, dst_step = plan.blocks_dst ? width : plan.dst_c;
+    auto place = [&](int64_t i, const Cursor& of) { return plan.blocks_dst ? dst + i * width : dst + ((of.image * plan.dst_h + of.h) * plan.dst_w + of.w) * plan.dst_c; };
     // Forward: the first tap's source is at (h * stride - top, w * stride - left), the last one `reach` further.
     int64_t top = plan.merge_taps ? 0 : p.pad_top, left = plan.merge_taps ? 0 : p.pad_left;
     int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = plan.merge_taps ? 0 : (p.s - 1) * p.dilation_w;
@@ -165,8 +166,8 @@ template <class S> struct Rows {
           int64_t y = at.h * p.stride_h - top, x = at.w * p.stride_w - left;
           clear &= y >= 0 && x >= 0 && y + reach_h < plan.staged_h && x + (run - 1) * p.stride_w + reach_w < plan.staged_w;
           const T* from = src + at.image * image_size + y * row_size + x * plan.src_c;
-          D* to = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
-          for (int64_t j = 0; j < run; ++j, ++m, from += step, to += plan.dst_c) rows[m] = from, t.dst[tile * MR + m] = to;
+          D* to = place(tile * MR + m, at);
+          for (int64_t j = 0; j < run; ++j, ++m, from += step, to += dst_step) rows[m] = from, t.dst[tile * MR + m] = to;
           if ((at.w += run) < plan.dst_w) continue;
           at.w = 0;
           if (++at.h == plan.dst_h) at.h = 0, ++at.image;
@@ -180,7 +181,7 @@ template <class S> struct Rows {
       }
       uint64_t used[4] = {};  // which taps have a row outside the padding; enough for 256 taps
       for (int64_t m = 0; m < valid; ++m, at.next()) {
-        t.dst[tile * MR + m] = dst + ((at.image * plan.dst_h + at.h) * plan.dst_w + at.w) * plan.dst_c;
+        t.dst[tile * MR + m] = place(tile * MR + m, at);
         const T* image = src + at.image * image_size;
         for (int64_t s = 0; s < p.s; ++s)
           t.across[s] = source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
@@ -208,26 +209,31 @@ template <class S> struct Rows {
     }
   }
 
-  // `residual`: of dst's type and order, or null.
-  template <class D> void compute(const T* src, D* dst, const D* residual, bool relu, int64_t images) const {
+  // `dst`: the chunk's first pixel, or where threads have their blocks. `residual`: of dst's type and order, or null.
+  // `finish`: what is done when a block is copied to the output.
+  template <class D, class Finish = AsItIs>
+  void compute(const T* src, D* dst, const D* residual, bool relu, int64_t first_image, int64_t images, Finish finish = {}) const {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
     int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
     RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
     bool streamed = plan.stream && plan.group_columns % kStreamed<D> == 0 && width % kStreamed<D> == 0 && streamable(dst);
     parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
       Table<D> table = table_of<D>(thread);
+      const T* staged_block = staged_dst + thread * (plan.block_bytes / int64_t(sizeof(T)));
+      D* to = plan.blocks_dst ? dst + thread * (plan.block_bytes / int64_t(sizeof(D))) : dst;
       int64_t in_table = -1;
       for (int64_t i = begin; i < end; ++i) {
         int64_t block = i / columns, group = i % columns / plan.column_tiles, tile_column = i % plan.column_tiles;
         int64_t first = block * block_pixels, count = min_of(block_pixels, pixels - first);
-        if (block != in_table) fill_table(table, src, dst, images, first, count);
+        if (block != in_table) fill_table(table, src, to, images, first, count);
         in_table = block;
         RowsTile<T, D> tile;
         tile.depth = plan.depth;
         tile.chain = plan.chain;
         tile.row_offset = plan.merge_taps ? 0 : group * src_channels_of_group;
         tile.panel = panels + (group * plan.column_tiles + tile_column) * panel_size;
-        tile.dst_offset = group * plan.group_columns + tile_column * width;
+        int64_t channel = group * plan.group_columns + tile_column * width;
+        tile.dst_offset = plan.blocks_dst ? 0 : channel;
         tile.columns = int(min_of(width, plan.group_columns - tile_column * width));
         int64_t padded_column = (group * plan.column_tiles + tile_column) * width;
         tile.scale = a.scale == nullptr ? nullptr : scale() + padded_column;
@@ -247,6 +253,13 @@ template <class S> struct Rows {
           tile.valid_rows = int(min_of<int64_t>(plan.rows, count - t * plan.rows));
           kernel(tile);
         }
+        if (plan.blocks_dst)
+          for (int64_t from = first, end; from < first + count; from = end) {
+            int64_t hw = plan.dst_h * plan.dst_w, image = from / hw;
+            end = min_of((image + 1) * hw, first + count);
+            S* image_dst = static_cast<S*>(a.dst) + (first_image + image) * hw * plan.dst_c;
+            unstage_pixels(staged_block + (from - first) * width, width, image_dst, p.layout, hw, plan.dst_c, from - image * hw, end - from, channel, tile.columns, finish);
+          }
       }
       if (streamed) fence();
     });
@@ -263,13 +276,14 @@ template <class S> struct Rows {
       else
         src = reinterpret_cast<const T*>(a.src) + first * plan.src_h * plan.src_w * plan.src_c;
       if (plan.stage_dst) {
-        compute<T>(src, staged_dst, nullptr, a.relu && a.residual == nullptr, images);
         with_residual<S>(a, [&](auto finish) {
+          compute<T>(src, staged_dst, nullptr, a.relu && a.residual == nullptr, first, images, finish);
+          if (plan.blocks_dst) return;
           unstage_images(pool, staged_dst, {plan.dst_h, plan.dst_w, plan.dst_c, p.layout}, static_cast<S*>(a.dst), first, images, finish);
         });
       } else {
         int64_t at = first * plan.dst_h * plan.dst_w * plan.dst_c;
-        compute<S>(src, static_cast<S*>(a.dst) + at, a.residual == nullptr ? nullptr : static_cast<const S*>(a.residual) + at, a.relu, images);
+        compute<S>(src, static_cast<S*>(a.dst) + at, a.residual == nullptr ? nullptr : static_cast<const S*>(a.residual) + at, a.relu, first, images);
       }
     }
   }

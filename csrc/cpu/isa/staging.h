@@ -76,12 +76,58 @@ template <class A, class B, class Finish = AsItIs> CONVKIT_INLINE void copy_valu
   if (j < n) store_n(to + j, finish(load_n(from + j, int(n - j)), to + j, int(n - j)), int(n - j));
 }
 
+template <int C, class V, int... I> CONVKIT_INLINE V strided_lanes(V v, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  return __builtin_shufflevector(v, v, (I % C * (L / C) + I / C)...);
+}
+template <int kChannels, int C, class V, int... I> CONVKIT_INLINE V without_spare_lanes(V v, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  return __builtin_shufflevector(v, v, (I / kChannels * C + I % kChannels) % L...);
+}
+
+// to[j * kChannels + i] = from[i * plane + j], j < pixels: the transpose of few planes, in which a vector of the result
+// holds several pixels. With C planes, the next power of two, log2(C) of a square's steps are left of it, once lane n of a
+// plane holds the pixel that goes to vector n % C.
+template <int kChannels, class S> __attribute__((noinline)) void interleave(const S* from, int64_t plane, compute_t<S>* to, int64_t pixels) {
+  using T = compute_t<S>;
+  constexpr int L = kLanes<T>, C = kChannels == 3 ? 4 : kChannels;
+  if constexpr (C >= L) transpose_block(from, plane, to, kChannels, kChannels, pixels);
+  else {
+    constexpr auto kLane = std::make_integer_sequence<int, L>{};
+    constexpr int kPixels = L / C;  // of a vector
+    for (int64_t j = 0; j < pixels; j += L) {
+      int n = int(min_of<int64_t>(L, pixels - j));
+      vec<T> row[C] = {};
+      CONVKIT_UNROLL for (int i = 0; i < kChannels; ++i)
+        row[i] = strided_lanes<C>(n == L ? load(from + i * plane + j) : load_n(from + i * plane + j, n), kLane);
+      transpose_steps<1, C>(row);
+      CONVKIT_UNROLL for (int v = 0; v < C; ++v) {
+        int values = min_of(kPixels, n - v * kPixels) * kChannels;
+        T* out = to + (j + v * kPixels) * kChannels;
+        if (values == L) store(out, row[v]);
+        else if (values > 0) store_n(out, without_spare_lanes<kChannels, C>(row[v], kLane), values);
+      }
+    }
+  }
+}
+
 // Pixels [first, first + pixels) of an image of `hw` pixels and c channels, channels [channel, channel + channels) of
 // them -> channels-last, `pixel_stride` elements from pixel to pixel.
 template <class S>
 CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int64_t c, int64_t first, int64_t pixels,
                                  int64_t channel, int64_t channels, compute_t<S>* to, int64_t pixel_stride) {
-  if (layout == Layout::nchw) return transpose_block(image + channel * hw + first, hw, to, pixel_stride, channels, pixels);
+  if (layout == Layout::nchw) {
+    const S* planes = image + channel * hw + first;
+    if (pixel_stride != channels) return transpose_block(planes, hw, to, pixel_stride, channels, pixels);
+    switch (channels) {
+      case 1: return copy_values(planes, to, pixels);
+      case 2: return interleave<2>(planes, hw, to, pixels);
+      case 3: return interleave<3>(planes, hw, to, pixels);
+      case 4: return interleave<4>(planes, hw, to, pixels);
+      case 8: return interleave<8>(planes, hw, to, pixels);
+      default: return transpose_block(planes, hw, to, pixel_stride, channels, pixels);
+    }
+  }
   const S* from = image + first * c + channel;
   if (channels == c && pixel_stride == c) return copy_values(from, to, pixels * c);
   for (int64_t i = 0; i < pixels; ++i, from += c, to += pixel_stride) copy_values(from, to, channels);

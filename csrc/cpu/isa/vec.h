@@ -150,16 +150,17 @@ template <int D, class V, int... I> CONVKIT_INLINE void exchange(V& a, V& b, std
   V high = __builtin_shufflevector(a, b, ((I & D) ? L + I : I + D)...);
   a = low, b = high;
 }
-template <int D, class V> CONVKIT_INLINE void transpose_steps(V* row) {
+// The steps D, 2 * D, ... of the first kRows rows.
+template <int D, int kRows, class V> CONVKIT_INLINE void transpose_steps(V* row) {
   constexpr int L = int(sizeof(V) / sizeof(row[0][0]));
-  if constexpr (D < L) {
-    CONVKIT_UNROLL for (int i = 0; i < L; ++i)
+  if constexpr (D < kRows) {
+    CONVKIT_UNROLL for (int i = 0; i < kRows; ++i)
       if ((i & D) == 0) exchange<D>(row[i], row[i + D], std::make_integer_sequence<int, L>{});
-    transpose_steps<2 * D>(row);
+    transpose_steps<2 * D, kRows>(row);
   }
 }
 // row[i][j] and row[j][i] change places; L rows of L lanes.
-template <class T> CONVKIT_INLINE void transpose(vec<T>* row) { transpose_steps<1>(row); }
+template <class T> CONVKIT_INLINE void transpose(vec<T>* row) { transpose_steps<1, kLanes<T>>(row); }
 
 // Keeps a value in a register: the compiler would rather load it again for each multiply-add that takes it, and compute
 // the address of every load from the start, and the loads or the decoder then bound the loop.
