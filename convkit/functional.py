@@ -32,6 +32,8 @@ def _integer(value, op: str, name: str) -> int:
 
 def _pair(value, op: str, name: str, one: bool = True) -> tuple[int, int]:
     """An integer or a sequence of two (or one) as (height, width)."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # what a module passes, without a loop: a small convolution takes as long
     if isinstance(value, list | tuple):
         values = tuple(_integer(v, op, name) for v in value)
         if len(values) == 2:

@@ -429,6 +429,13 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n1c16h6w6k1r3s3p1",
         "n1c24h5w6k3r3s3p1",
         "n2c4h8w8k32r3s3u2p1",
+        # few planes, interleaved a vector of pixels at a time: around one, two and four vectors
+        *(f"n1c3h3w{w}k20r3s3p1" for w in (7, 8, 9, 15, 16, 17, 33)),
+        "n2c2h4w35k18r3s3p1",
+        "n2c8h4w19k40r3s3p1g2",
+        "n1c16h4w37k48r3s3p1g2",
+        # blocks of pixels that end in another image
+        "n5c20h5w5k40r3s3p1",
         # filter shapes
         "n1c6h7w9k8r2s2",
         "n1c6h5w11k8r1s7p0x3",
