@@ -141,6 +141,9 @@ template <class S> struct Planes {
         }
       } else {
         const S* line = image + (first + i) * src_w * src_c + channel;
+        // The next bundle is beside this one, in lines too far apart for the hardware to see a stream in them.
+        for (int64_t x = 0; x < src_w; ++x)
+          for (int64_t c = channels; c < 2 * channels; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(line + x * src_c + c, 0, 2);
         if (sorted == 1) transpose_block(line, src_c, to + plan.left, plane, src_w, channels);
         else for (int64_t c = 0; c < channels; ++c) sort(line + c, src_c, to + c * plane);
       }

@@ -242,7 +242,13 @@ template <class S> struct Rows {
         tile.relu = relu;
         tile.streamed = streamed;
         tile.ahead = plan.across_images ? 0 : plan.rows * plan.src_c * (plan.input_grad ? 1 : p.stride_w);
+        // Where a block goes, a line is a wait for memory to own it: a few channels' lines are asked for with every tile.
+        int64_t hw = plan.dst_h * plan.dst_w, channels_a_tile = ceil_div(tile.columns * plan.rows, count);
+        const S* block_dst = static_cast<const S*>(a.dst) + ((first_image + first / hw) * plan.dst_c + channel) * hw + first % hw;
+        int64_t block_run = plan.blocks_dst ? min_of(hw - first % hw, count) : 0;
         for (int64_t t = 0; t * plan.rows < count; ++t) {
+          for (int64_t c = t * channels_a_tile; block_run > 0 && c < min_of<int64_t>(tile.columns, (t + 1) * channels_a_tile); ++c)
+            for (int64_t j = 0; j < block_run; j += kStreamed<S>) __builtin_prefetch(block_dst + c * hw + j, 1);
           tile.rows = table.rows + t * plan.taps * plan.rows;
           bool clear = table.tap_count[t] < 0;
           tile.rows_step = clear ? 0 : plan.rows;
@@ -255,7 +261,7 @@ template <class S> struct Rows {
         }
         if (plan.blocks_dst)
           for (int64_t from = first, end; from < first + count; from = end) {
-            int64_t hw = plan.dst_h * plan.dst_w, image = from / hw;
+            int64_t image = from / hw;
             end = min_of((image + 1) * hw, first + count);
             S* image_dst = static_cast<S*>(a.dst) + (first_image + image) * hw * plan.dst_c;
             unstage_pixels(staged_block + (from - first) * width, width, image_dst, p.layout, hw, plan.dst_c, from - image * hw, end - from, channel, tile.columns, finish);
