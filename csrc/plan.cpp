@@ -124,7 +124,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.column_tiles = ceil_div(b.group_columns, b.vectors * lanes);
 
   int64_t src_bytes = b.stage_src ? b.staged_h * b.staged_w * b.src_c * element : 0;
-  int64_t dst_bytes = b.stage_dst ? b.dst_h * b.dst_w * b.dst_c * element : 0;
+  int64_t dst_bytes = b.stage_dst ? b.dst_h * b.dst_w * b.dst_c * element : 0;  // through the caches, block by block as well
   int64_t per_image = src_bytes + dst_bytes;
   b.images_per_chunk = per_image == 0 ? a.n : std::clamp<int64_t>(kStagedBytes / per_image, 1, a.n);
 
