@@ -209,8 +209,22 @@ template <class S> struct Rows {
     }
   }
 
-  // `dst`: the chunk's first pixel, or where threads have their blocks. `residual`: of dst's type and order, or null.
-  // `finish`: what is done when a block is copied to the output.
+  // Where a contiguous output is copied block by block: a thread's block, [pixel][width] of one column tile.
+  T* block_of(int thread) const { return staged_dst + thread * (plan.block_bytes / int64_t(sizeof(T))); }
+
+  // Calls f(where, done, n) for the runs within an image of pixels [first, first + count), counted from image `first_image`:
+  // n pixels from `where` on, of the output's plane `channel`, after `done` others.
+  template <class F> CONVKIT_INLINE void each_run(int64_t first_image, int64_t first, int64_t count, int64_t channel, F&& f) const {
+    int64_t hw = plan.dst_h * plan.dst_w;
+    for (int64_t done = 0, n; done < count; done += n) {
+      int64_t image = (first + done) / hw, at = (first + done) % hw;
+      n = min_of(hw - at, count - done);
+      f(static_cast<S*>(a.dst) + ((first_image + image) * plan.dst_c + channel) * hw + at, done, n);
+    }
+  }
+
+  // `dst`: the chunk's first pixel; not for blocks. `residual`: of dst's type and order, or null. `finish`: what is done when
+  // a block is copied to the output.
   template <class D, class Finish = AsItIs>
   void compute(const T* src, D* dst, const D* residual, bool relu, int64_t first_image, int64_t images, Finish finish = {}) const {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
@@ -219,8 +233,7 @@ template <class S> struct Rows {
     bool streamed = plan.stream && plan.group_columns % kStreamed<D> == 0 && width % kStreamed<D> == 0 && streamable(dst);
     parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
       Table<D> table = table_of<D>(thread);
-      const T* staged_block = staged_dst + thread * (plan.block_bytes / int64_t(sizeof(T)));
-      D* to = plan.blocks_dst ? dst + thread * (plan.block_bytes / int64_t(sizeof(D))) : dst;
+      D* to = plan.blocks_dst ? reinterpret_cast<D*>(block_of(thread)) : dst;
       int64_t in_table = -1;
       for (int64_t i = begin; i < end; ++i) {
         int64_t block = i / columns, group = i % columns / plan.column_tiles, tile_column = i % plan.column_tiles;
@@ -242,13 +255,13 @@ template <class S> struct Rows {
         tile.relu = relu;
         tile.streamed = streamed;
         tile.ahead = plan.across_images ? 0 : plan.rows * plan.src_c * (plan.input_grad ? 1 : p.stride_w);
-        // Where a block goes, a line is a wait for memory to own it: a few channels' lines are asked for with every tile.
         int64_t hw = plan.dst_h * plan.dst_w, channels_a_tile = ceil_div(tile.columns * plan.rows, count);
-        const S* block_dst = static_cast<const S*>(a.dst) + ((first_image + first / hw) * plan.dst_c + channel) * hw + first % hw;
-        int64_t block_run = plan.blocks_dst ? min_of(hw - first % hw, count) : 0;
         for (int64_t t = 0; t * plan.rows < count; ++t) {
-          for (int64_t c = t * channels_a_tile; block_run > 0 && c < min_of<int64_t>(tile.columns, (t + 1) * channels_a_tile); ++c)
-            for (int64_t j = 0; j < block_run; j += kStreamed<S>) __builtin_prefetch(block_dst + c * hw + j, 1);
+          // A line of the output is a wait for memory: those of a few channels are asked for with every tile of the block.
+          for (int64_t c = t * channels_a_tile; plan.blocks_dst && c < min_of<int64_t>(tile.columns, (t + 1) * channels_a_tile); ++c)
+            each_run(first_image, first, count, channel + c, [&](const S* line, int64_t, int64_t n) {
+              for (int64_t j = 0; j < n; j += kStreamed<S>) __builtin_prefetch(line + j, 1);
+            });
           tile.rows = table.rows + t * plan.taps * plan.rows;
           bool clear = table.tap_count[t] < 0;
           tile.rows_step = clear ? 0 : plan.rows;
@@ -260,12 +273,9 @@ template <class S> struct Rows {
           kernel(tile);
         }
         if (plan.blocks_dst)
-          for (int64_t from = first, end; from < first + count; from = end) {
-            int64_t image = from / hw;
-            end = min_of((image + 1) * hw, first + count);
-            S* image_dst = static_cast<S*>(a.dst) + (first_image + image) * hw * plan.dst_c;
-            unstage_pixels(staged_block + (from - first) * width, width, image_dst, p.layout, hw, plan.dst_c, from - image * hw, end - from, channel, tile.columns, finish);
-          }
+          each_run(first_image, first, count, channel, [&](S* plane, int64_t done, int64_t n) {
+            transpose_block(block_of(thread) + done * width, width, plane, hw, n, tile.columns, false, finish);
+          });
       }
       if (streamed) fence();
     });
