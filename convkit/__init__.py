@@ -12,7 +12,7 @@ from convkit import _load
 
 _C = _load.load()
 
-from convkit import functional, nn  # noqa: E402  (the operators must be loaded first)
+from convkit import batching, functional, nn  # noqa: E402, F401  (the operators must be loaded first)
 from convkit.backends import set_winograd, winograd_enabled  # noqa: E402
 from convkit.explain import explain  # noqa: E402
 from convkit.swap import swap, unswap  # noqa: E402

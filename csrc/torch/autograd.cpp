@@ -327,7 +327,8 @@ struct ConvTranspose2dBackward : Derivative<ConvTranspose2dBackward> {
     if (wanted(2)) result[2] = op::channel_sum::call(grad);
     if (cut[0] >= geometry.stride[0] || cut[1] >= geometry.stride[1])
       grad = grad.slice_symint(2, 0, grad.sym_size(2) - cut[0]).slice_symint(3, 0, grad.sym_size(3) - cut[1]);
-    if (channels_last) grad = grad.contiguous(at::MemoryFormat::ChannelsLast);  // results follow the forward's layout
+    // Results follow the forward's layout. vmap has no contiguous(ChannelsLast).
+    if (channels_last) grad = grad.permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2});
     if (wanted(0)) {
       result[0] = geometry.fprop(grad, weight);
       if (!channels_last) result[0] = result[0].contiguous();

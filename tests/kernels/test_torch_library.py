@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convkit.functional as CF
-from convkit import reference
+from convkit import batching, reference
 
 ops = torch.ops.convkit
 
@@ -245,26 +245,6 @@ def test_export_with_a_dynamic_batch():
     assert torch.equal(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "conv2d relu",
-        "conv2d epilogue",
-        "batch_norm_relu eval",
-        "conv_transpose2d",
-        "max_pool2d relu",
-        "im2col",
-        "separable_conv2d",
-    ),
-)
-def test_vmap(name: str):
-    """A loop over the first dimension, where there is nothing better."""
-    sample = small_samples("f64")[name]
-    x = torch.stack([sample.tensors["input"], sample.tensors["input"] * 2])
-    ours, theirs = (torch.func.vmap(lambda v, m=module: sample(m, input=v))(x) for module in (CF, reference))
-    torch.testing.assert_close(ours, theirs)
-
-
 def transformed(sample: Sample, module):
     """The sum of squares of the sample's output, as a function of its tensors."""
     names = list(sample.tensors)
@@ -290,7 +270,88 @@ def test_torch_func_grad(name: str):
         torch.testing.assert_close(torch.func.grad(a, every)(*tensors), torch.func.grad(b, every)(*tensors))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def mapped(sample: Sample, names: tuple[str, ...], module, derivatives: int) -> tuple[torch.Tensor, ...]:
+    """Three calls in one, by torch.func.vmap over some tensors: of the operator, or its first or second gradient.
+
+    The second tensors are twice the first, and the third are one less. Calls also return their running statistics.
+    """
+
+    def call(*values):
+        # Running statistics are of each if the input is.
+        zero = values[0].detach().sum() * 0 if "input" in names and sample.options.get("training") else 0
+        buffers = {key: t + zero for key, t in sample.buffers.items()}
+        tensors = dict(zip(sample.tensors, values, strict=True))
+        return getattr(module, sample.op)(**tensors, **buffers, **sample.options), *(
+            t.detach() for t in buffers.values()
+        )
+
+    def gradient(function):
+        every = tuple(range(len(sample.tensors)))
+        return torch.func.grad(lambda *values: sum(t.square().sum() for t in function(*values)), every)
+
+    function = call
+    for _ in range(derivatives):
+        function = gradient(function)
+    return torch.func.vmap(function, tuple(0 if name in names else None for name in sample.tensors))(
+        *(torch.stack((t, 2 * t, t - 1)) if name in names else t for name, t in sample.tensors.items())
+    )
+
+
+@pytest.fixture
+def no_vmap_fallback():
+    """PyTorch's loop over what is mapped, for operators without a rule, raises."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("how", ("groups", "calls"))
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+@pytest.mark.parametrize("name", small_samples("f64"))
+def test_vmap(name: str, layout: str, how: str, monkeypatch, no_vmap_fallback):
+    monkeypatch.setattr(batching, "LARGE", 0 if how == "calls" else 1 << 24)
+    sample = small_samples("f64", layout)[name]
+    for names in {*((name,) for name in sample.tensors), tuple(sample.tensors)}:
+        for derivatives in range(3):
+            ours, theirs = (mapped(sample, names, module, derivatives) for module in (CF, reference))
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_vmap_over_vmap():
+    """Over images of their own (any dimension) and filters of their own, in both orders."""
+    x, w = torch.randn(4, 2, 3, 3, 6, 5, dtype=torch.float64), torch.randn(6, 4, 3, 3, 3, dtype=torch.float64)
+
+    def nested(module):
+        def call(x, w):
+            return module.conv2d(x, w, stride=2, padding=1, activation="relu")
+
+        def inner(x, w):
+            return torch.func.vmap(call, (1, None))(x, w)
+
+        def outer(x, w):
+            return torch.func.vmap(call, (None, 1), 2)(x, w)
+
+        return torch.func.vmap(inner, (0, 1))(x, w), torch.func.vmap(outer, (0, None))(x[:, :, 0], w)
+
+    torch.testing.assert_close(nested(CF), nested(reference))
+
+
+def test_vmap_of_nothing_is_refused():
+    w = torch.randn(4, 3, 3, 3)
+    for images, filters in (((0, 2, 3, 6, 6), None), ((0, 2, 3, 6, 6), 0)):
+        weight = w if filters is None else w.expand(0, 4, 3, 3, 3)
+        with pytest.raises(NotImplementedError, match="got a dimension of size 0 to map"):
+            torch.func.vmap(CF.conv2d, (0, filters))(torch.randn(images), weight)
+
+
+def test_vmap_of_training_with_the_same_running_statistics_for_all_is_refused():
+    x, mean, var = torch.randn(3, 2, 4, 5, 5), torch.zeros(4), torch.ones(4)
+    with pytest.raises(RuntimeError, match="running_mean: got one tensor for all that vmap maps.*accepts one for each"):
+        torch.func.vmap(lambda x: CF.batch_norm_relu(x, mean, var, training=True))(x)
+    assert not mean.any() and (var == 1).all()
+
+
 def test_gradients_of_each_image():
     """torch.func.vmap over torch.func.grad, as for differential privacy."""
     x, w, b = (torch.randn(size, dtype=torch.float64) for size in ((3, 4, 8, 8), (6, 4, 3, 3), (6,)))
