@@ -174,7 +174,7 @@ def test_the_bound_up_to_512_channels(text: str, layout: str):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("text", ("n128c20h12w12k50r5s5", "n8c64h27w27k192r5s5p2", "n4c256h14w14k256r5s5p2"))
-def test_the_bound_of_5x5(text: str, layout: str):
+def test_the_bound_of_5x5(everywhere, text: str, layout: str):
     problem = parse(text, layout)
     assert all("winograd" in _C.plan(str(problem), which) for which in PASSES)
     errors = error_norms(conv_sample(problem))

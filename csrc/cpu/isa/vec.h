@@ -261,15 +261,28 @@ template <class S> requires(sizeof(S) == 2) CONVKIT_INLINE void stream(S* p, hal
 #endif
 }
 
-// The first n lanes (0 < n <= lanes); the other lanes are zero on load and left alone on store.
+#if defined(__AVX2__)
+// All bits set in the first n lanes.
+template <class T> CONVKIT_INLINE __m256i first_lanes_mask(int n) {
+  if constexpr (sizeof(T) == 4) return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  else return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
+// The first n lanes (0 < n <= lanes); the other lanes are zero on load and left alone on store. Nowhere by a call of
+// memcpy, around which every vector that is held would go to memory and back.
 template <class S> CONVKIT_INLINE vec<compute_t<S>> load_n(const S* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 2) return widen<S>((half_bits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
   if constexpr (sizeof(S) == 4) return (vec<compute_t<S>>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
   if constexpr (sizeof(S) == 8) return (vec<compute_t<S>>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return (vec<compute_t<S>>)_mm256_maskload_ps(p, first_lanes_mask<S>(n));
+  if constexpr (sizeof(S) == 8) return (vec<compute_t<S>>)_mm256_maskload_pd(p, first_lanes_mask<S>(n));
 #endif
   S buffer[kLanes<compute_t<S>>] = {};
-  std::memcpy(buffer, p, n * sizeof(S));
+  CONVKIT_UNROLL for (int i = 0; i < kLanes<compute_t<S>>; ++i)
+    if (i < n) buffer[i] = p[i];
   return load(buffer);
 }
 template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n) {
@@ -277,10 +290,14 @@ template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n)
   if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow<S>(v));
   if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
   if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return _mm256_maskstore_ps(p, first_lanes_mask<S>(n), (__m256)v);
+  if constexpr (sizeof(S) == 8) return _mm256_maskstore_pd(p, first_lanes_mask<S>(n), (__m256d)v);
 #endif
   S buffer[kLanes<compute_t<S>>];
   store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(S));
+  CONVKIT_UNROLL for (int i = 0; i < kLanes<compute_t<S>>; ++i)
+    if (i < n) p[i] = buffer[i];
 }
 
 // Calls f(Tag<S>) with the stored type that `dtype` names: the one place where dtypes become templates.
