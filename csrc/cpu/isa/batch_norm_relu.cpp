@@ -97,16 +97,18 @@ inline double sum_of(const double* p, int64_t n) {
 
 // Lane i set where bit j + i of a row's mask is.
 template <class T> CONVKIT_INLINE typename VecOf<T>::mask read_mask(const uint8_t* row, int64_t j, int lanes) {
-  uint32_t word = 0;
-  std::memcpy(&word, row + j / 8, (lanes + 7) / 8);
+  using Mask = typename VecOf<T>::mask;
+  uint32_t word = row[j / 8];
+  if (lanes > 8) std::memcpy(&word, row + j / 8, 2);
   word >>= j % 8;  // vectors of fewer than eight lanes share a byte
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (typename VecOf<T>::mask)_mm512_movm_epi32(__mmask16(word));
-  else return (typename VecOf<T>::mask)_mm512_movm_epi64(__mmask8(word));
+  if constexpr (sizeof(T) == 4) return (Mask)_mm512_movm_epi32(__mmask16(word));
+  else return (Mask)_mm512_movm_epi64(__mmask8(word));
 #else
-  typename VecOf<T>::mask out;
-  CONVKIT_UNROLL for (int i = 0; i < kLanes<T>; ++i) out[i] = (word >> i & 1) ? -1 : 0;
-  return out;
+  Mask bits;
+  CONVKIT_UNROLL for (int i = 0; i < kLanes<T>; ++i) bits[i] = 1 << i;
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return (bits & (Mask{} + Lane(word))) == bits;
 #endif
 }
 template <class T> CONVKIT_INLINE void write_mask(uint8_t* row, int64_t j, typename VecOf<T>::mask mask, int lanes) {
@@ -114,12 +116,16 @@ template <class T> CONVKIT_INLINE void write_mask(uint8_t* row, int64_t j, typen
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) word = _mm512_movepi32_mask((__m512i)mask);
   else word = _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) word = uint32_t(_mm256_movemask_ps((__m256)mask));
+  else word = uint32_t(_mm256_movemask_pd((__m256d)mask));
 #else
   CONVKIT_UNROLL for (int i = 0; i < kLanes<T>; ++i) word |= uint32_t(mask[i] & 1) << i;
 #endif
   word &= (1u << lanes) - 1;
   if (j % 8 != 0) row[j / 8] |= uint8_t(word << j % 8);
-  else std::memcpy(row + j / 8, &word, (lanes + 7) / 8);
+  else if (lanes > 8) std::memcpy(row + j / 8, &word, 2);
+  else row[j / 8] = uint8_t(word);
 }
 
 // Per-channel values beside the tensors, as vectors: of lane j and its neighbours, or of a whole row.

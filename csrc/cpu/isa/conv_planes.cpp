@@ -90,7 +90,7 @@ template <class S> struct Planes {
   // Forward, neighbouring outputs are a stride apart in the source; going back, a stride apart in the destination.
   int64_t sorted = plan.input_grad ? 1 : p.stride_w, phases = plan.input_grad ? min_of(p.stride_w, dst_w) : 1;
   int64_t row_size = sorted * plan.columns;
-  bool streamed = plan.stream && streamable(a.dst) && (p.layout == Layout::nchw ? dst_w % L == 0 : dst_c % L == 0 && plan.bundle * dst_cg % L == 0);
+  bool streamed = plan.stream && streamable(a.dst) && (p.layout == Layout::nchw ? dst_w % L == 0 : kLine<S> == L && dst_c % L == 0 && plan.bundle * dst_cg % L == 0);
 
   Planes(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 

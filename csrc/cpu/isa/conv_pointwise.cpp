@@ -96,7 +96,7 @@ template <class S> struct Pointwise {
   void run() const {
     pack();
     int64_t block = plan.panels_per_task * kWidth, row_tiles = ceil_div(filters, kRows);
-    bool streamed = plan.stream && pq % kStreamed<S> == 0 && kWidth % kStreamed<S> == 0 && streamable(a.dst);
+    bool streamed = plan.stream && pq % kLine<S> == 0 && kWidth % kLine<S> == 0 && streamable(a.dst);
     parallel(pool, ceil_div(pixels, block) * p.groups, [&](int64_t begin, int64_t end, int thread) {
       T* panels = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
       S* aside = reinterpret_cast<S*>(panels + plan.panels_per_task * depth * kWidth);

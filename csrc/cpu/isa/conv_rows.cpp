@@ -230,7 +230,7 @@ template <class S> struct Rows {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
     int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
     RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
-    bool streamed = plan.stream && plan.group_columns % kStreamed<D> == 0 && width % kStreamed<D> == 0 && streamable(dst);
+    bool streamed = plan.stream && plan.group_columns % kLine<D> == 0 && width % kLine<D> == 0 && streamable(dst);
     parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
       Table<D> table = table_of<D>(thread);
       D* to = plan.blocks_dst ? reinterpret_cast<D*>(block_of(thread)) : dst;
@@ -260,7 +260,7 @@ template <class S> struct Rows {
           // A line of the output is a wait for memory: those of a few channels are asked for with every tile of the block.
           for (int64_t c = t * channels_a_tile; plan.blocks_dst && c < min_of<int64_t>(tile.columns, (t + 1) * channels_a_tile); ++c)
             each_run(first_image, first, count, channel + c, [&](const S* line, int64_t, int64_t n) {
-              for (int64_t j = 0; j < n; j += kStreamed<S>) __builtin_prefetch(line + j, 1);
+              for (int64_t j = 0; j < n; j += kLine<S>) __builtin_prefetch(line + j, 1);
             });
           tile.rows = table.rows + t * plan.taps * plan.rows;
           bool clear = table.tap_count[t] < 0;

@@ -69,14 +69,14 @@ template <int PIXELS, class S, class W> CONVKIT_INLINE void depthwise_ahead(cons
   constexpr int PART = PIXELS * kLanes<compute_t<S>>;
   const S* next = a.ahead + number * PART;
   for (int r = 0; r < a.ahead_rows; ++r, next += a.ahead_row)
-    CONVKIT_UNROLL for (int j = 0; j < PART; j += kStreamed<S>) __builtin_prefetch(next + j, 0, 2);
+    CONVKIT_UNROLL for (int j = 0; j < PART; j += kLine<S>) __builtin_prefetch(next + j, 0, 2);
 }
 
 // 2 x QT sums: a 3 x 3 filter at stride 1 and QT = 8 cost 40 loads of the source and 18 of taps for 144 multiply-adds in 16
-// independent sums, which with the 6 taps of a line and a source vector take 23 registers. `halves`, 2 x QT lines: where
-// 16-bit outputs wait for those of the neighbouring vector of channels, to be streamed.
+// independent sums, which with the 6 taps of a line and a source vector take 23 registers. `lines`, 2 x QT of them: where
+// outputs wait for those of the neighbouring vectors of channels, to be streamed.
 template <class S, int TAPS, int STRIDE, int QT, bool WHOLE>
-CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<S>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes, S* halves = nullptr) {
+CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<S>& a, int64_t number, int64_t q, uint32_t inside, int64_t channel, int lanes, S* lines = nullptr) {
   using T = compute_t<S>;
   constexpr int L = kLanes<T>, PIXELS = (QT - 1) * STRIDE + TAPS;
   auto fetch = [&](const auto* p) { return WHOLE ? load(p) : load_n(p, lanes); };
@@ -130,10 +130,10 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<S>& a, int64_t number,
     if (a.relu)
       CONVKIT_UNROLL for (int t = 0; t < QT; ++t) sum[o][t] = relu<T>(sum[o][t]);
     S* out = a.out + at;
-    if constexpr (sizeof(S) != sizeof(T))
-      if (halves != nullptr) out = halves + o * QT * kStreamed<S>, step = kStreamed<S>;
+    if constexpr (kLine<S> > L)
+      if (lines != nullptr) out = lines + o * QT * kLine<S>, step = kLine<S>;
     CONVKIT_UNROLL for (int t = 0; t < QT; ++t, out = held(out + step)) {
-      if constexpr (sizeof(S) == sizeof(T))
+      if constexpr (kLine<S> == L)
         if (WHOLE && streamed) {
           stream(out, sum[o][t]);
           continue;
@@ -145,22 +145,18 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseOutputs<S>& a, int64_t number,
 }
 
 template <class S, int TAPS, int STRIDE, int QT> __attribute__((noinline)) void depthwise_rows(const DepthwiseOutputs<S>& a) {
-  constexpr int L = kLanes<compute_t<S>>, LINE = kStreamed<S>;
+  constexpr int L = kLanes<compute_t<S>>, LINE = kLine<S>;
   auto first_of = [&](int64_t q) { return min_of(q, a.outputs - QT); };  // the last tile may compute some outputs again
   auto inside_at = [&](int64_t q) { return a.inside(a.origin + q * STRIDE, (QT - 1) * STRIDE + TAPS); };
   if constexpr (LINE > L)
     if (a.streamed)
-      return depthwise_each_tile<S, TAPS, QT, 2>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int) __attribute__((always_inline)) {
+      return depthwise_each_tile<S, TAPS, QT, LINE / L>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int) __attribute__((always_inline)) {
         q = first_of(q);
-        S halves[2 * QT * LINE];
-        for (int i = 0; i < 2; ++i)
-          depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number + i, q, inside_at(q), channel + i * L, L, halves + i * L);
+        alignas(64) S lines[2 * QT * LINE];
+        for (int i = 0; i < LINE / L; ++i)
+          depthwise_tile<S, TAPS, STRIDE, QT, true>(a, number + i, q, inside_at(q), channel + i * L, L, lines + i * L);
         for (int o = 0; o < a.rows; ++o)
-          for (int t = 0; t < QT; ++t) {
-            half_bits line[2];
-            std::memcpy(line, halves + (o * QT + t) * LINE, sizeof line);
-            stream(a.out + o * a.out_row + (q + t) * a.out_step + channel, line[0], line[1]);
-          }
+          for (int t = 0; t < QT; ++t) stream_line(a.out + o * a.out_row + (q + t) * a.out_step + channel, lines + (o * QT + t) * LINE);
       });
   depthwise_each_tile<S, TAPS, QT>(a.outputs, a.channels, [&](int64_t number, int64_t q, int64_t channel, int lanes) __attribute__((always_inline)) {
     q = first_of(q);
@@ -192,7 +188,7 @@ template <class S> __attribute__((noinline)) void depthwise_rows_any(const Depth
         if (a.shift != nullptr) sum += fetch(a.shift + c);
         if (a.residual != nullptr) sum += fetch(a.residual + at);
         if (a.relu) sum = relu<T>(sum);
-        if constexpr (sizeof(S) == sizeof(T))
+        if constexpr (kLine<S> == L)
           if (lanes == L && a.streamed) {
             stream(a.out + at, sum);
             continue;
@@ -279,7 +275,7 @@ CONVKIT_INLINE void depthwise_tile(const DepthwiseGrads<S>& a, int64_t number, i
   if (a.ahead_rows > 0) {
     const S* next = a.grad + 2 * a.grad_row + number * QT * L;
     CONVKIT_UNROLL for (int o = 0; o < 2; ++o, next += a.grad_row)
-      CONVKIT_UNROLL for (int j = 0; j < QT * L; j += kStreamed<S>) __builtin_prefetch(next + j, 0, 2);
+      CONVKIT_UNROLL for (int j = 0; j < QT * L; j += kLine<S>) __builtin_prefetch(next + j, 0, 2);
   }
 }
 

@@ -114,7 +114,7 @@ CONVKIT_INLINE vec<float> load(const float* p) { return *reinterpret_cast<const 
 CONVKIT_INLINE void store(double* p, vec<double> v) { *reinterpret_cast<VecOf<double>::loose*>(p) = v; }
 CONVKIT_INLINE void store(float* p, vec<float> v) { *reinterpret_cast<VecOf<float>::loose*>(p) = v; }
 
-// A whole line at an address that is a multiple of kVectorBytes, past the caches: an ordinary store to a line that no
+// A vector at an address that is a multiple of kVectorBytes, past the caches: an ordinary store to a line that no
 // cache holds reads it from memory first, so a copy of large tensors takes up to twice as long. fence() makes the lines
 // seen by other threads; it belongs at the end of a task that streamed.
 template <class T> requires(sizeof(T) > 2) CONVKIT_INLINE void stream(T* p, vec<T> v) {
@@ -136,10 +136,25 @@ CONVKIT_INLINE void fence() {
   _mm_sfence();
 #endif
 }
-CONVKIT_INLINE bool streamable(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
-// Elements that are streamed at once. A part of a line that has to wait for the rest of it goes to memory by itself if
-// others are written meanwhile, which takes several times as long: of 16-bit values these are two vectors.
+CONVKIT_INLINE bool streamable(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+// A line that is written part by part goes to memory part by part if other lines are written meanwhile, which takes several
+// times as long. So whole lines are streamed at once where a kernel goes from line to line, and where it goes along them,
+// vectors, or of 16-bit values two of them.
+template <class S> constexpr int kLine = 64 / int(sizeof(S));
 template <class S> constexpr int kStreamed = kVectorBytes / int(sizeof(S));
+
+// A line, from the first-level cache.
+template <class S> CONVKIT_INLINE void stream_line(S* to, const S* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_load_si256(reinterpret_cast<const __m256i*>(from) + i));
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, _mm_load_si128(reinterpret_cast<const __m128i*>(from) + i));
+#else
+  std::memcpy(to, from, 64);
+#endif
+}
 
 // ---- a square of vectors -------------------------------------------------------------------------------------------
 

@@ -286,7 +286,7 @@ template <class S, int kFilter> struct Tiles {
             if (relu_here)
               CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
                 CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
-            if constexpr (sizeof(P) == sizeof(float))
+            if constexpr (kLine<P> == L)
               if (whole && streaming) {
                 CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
                   CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) stream(base + i * row + j * pixel + v, y[i][j]);
