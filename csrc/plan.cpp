@@ -285,7 +285,7 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 
   // Channels-last values are read and written where they are.
   b.stage = a.layout == Layout::nchw && a.c != 1 && std::max(a.h * a.w, a.p * a.q) != 1;
-  int64_t stored = storage_bytes(a.dtype), line = lanes * element / stored;  // line: values that are streamed at once
+  int64_t stored = storage_bytes(a.dtype), line = 64 / stored;  // line: values that are streamed at once
   // Memory is gone through in order: whole pixels.
   b.channel_block = b.stage ? std::max<int64_t>(16, lanes) : std::max(line, kDepthwiseTapsBytes / (a.r * a.s * element) / line * line);
   // The work of preparing a row is shared by the channels.

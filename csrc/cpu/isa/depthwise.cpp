@@ -31,7 +31,7 @@ template <class S> struct Depthwise {
   // Where the caller's tensor is as the kernels want it, they read and write it themselves.
   bool direct = !plan.stage;
   bool aligned = plan.stream && (direct || sizeof(S) == sizeof(T)) && streamable(a.dst);
-  bool streamed = aligned && direct && p.c % kLine<S> == 0;
+  bool streamed = aligned && direct && p.c % kLine<S> == 0 && plan.channel_block % kLine<S> == 0;
   // Contiguous rows of outputs are whole lines, or the images of a block's channels together are, through one more copy.
   bool streamed_planes = aligned && !direct && kLine<S> == L && dst_h * dst_w % L == 0 && plan.rows_per_task * dst_w % L == 0;
   bool streamed_block = aligned && !direct && !streamed_planes && plan.rows_per_task == dst_h && p.c * dst_h * dst_w % L == 0;
