@@ -168,7 +168,7 @@ def test_float32_scale_and_bias(text: str, layout: str):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_depthwise_of_more_channels_than_a_task_takes(backend, dtype: str):
-    """Blocks of channels must be whole lines of memory where outputs are too large for the caches. Only the CPU has them."""
+    """Blocks of them must be whole lines of memory where outputs are too large for the caches. CPU only."""
     if backend.type == "cpu":
         problem = ConvProblem.parse("n1c1344h16w17k1344r7s7p3g1344").replace(dtype=dtype, layout="nhwc")
         check_accuracy(lambda g: conv_sample(problem, g))
