@@ -57,6 +57,8 @@ constexpr int64_t kSharedFilterBytes = 12 << 20;
 // Then the transformed source of so many tiles lies in the workspace.
 constexpr int64_t kWinogradSourceBytes = 24 << 20;
 
+bool multiplies_pairs(const ConvProblem& a, const CpuFacts& f) { return a.dtype == DType::bf16 && f.bf16_dots; }
+
 // Contiguous and channels-last are the same memory where there is one channel or one pixel.
 bool needs_staging(DType t, Layout l, int64_t channels, int64_t pixels) {
   return storage_bytes(t) != compute_bytes(t) || (l == Layout::nchw && channels != 1 && pixels != 1);
@@ -74,8 +76,9 @@ bool merge_few_channels(const ConvProblem& a) { return a.groups == 1 && a.c < kF
 // Products summed in one chain before they are added to a total: the rounding error of a sum of n grows with
 // sqrt(n * chain) instead of n. An addition to the total costs a tile about two steps of the loop: 3 % at 64. Short sums
 // can afford more, and need it to be as exact as the dot products that PyTorch computes them with.
-int64_t pick_chain(DType t, int64_t terms) {
+int64_t pick_chain(DType t, int64_t terms, bool dots = false) {
   if (t == DType::f64) return INT64_MAX / 2;
+  if (dots) return 512;  // bf16's own rounding is larger than all of these
   return terms <= 32 ? 32 : terms <= 64 ? 16 : terms <= 128 ? 32 : 64;
 }
 
@@ -105,9 +108,10 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.images = a.n;
   b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
   b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
-  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.dots = multiplies_pairs(a, f);
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element, operand = b.dots ? 2 : element;
   b.merge_taps = !b.input_grad && merge_few_channels(a);
-  b.stage_src = b.merge_taps || needs_staging(a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
+  b.stage_src = b.merge_taps || needs_staging(b.dots ? DType::f32 : a.dtype, a.layout, b.src_c, b.src_h * b.src_w);
   b.stage_dst = a.layout == Layout::nchw && b.dst_c != 1 && b.dst_h * b.dst_w != 1;
   b.stream = !b.stage_dst && streams(a.n * b.dst_c * b.dst_h * b.dst_w * storage_bytes(a.dtype), f);
   b.staged_h = b.merge_taps ? (a.p - 1) * a.stride_h + (a.r - 1) * a.dilation_h + 1 : b.src_h;
@@ -116,14 +120,14 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.depth = b.merge_taps ? a.s * a.c : b.src_c / a.groups;
   b.across_images = b.input_grad && a.stride_h == 1 && a.stride_w == 1 && b.taps > 1 && b.dst_h * b.dst_w <= 1024 && a.n >= f.rows_for_vectors[2] &&
                     taps_inside(a.h, a.p, a.r, a.pad_top, a.dilation_h) * taps_inside(a.w, a.q, a.s, a.pad_left, a.dilation_w) < 0.8;
-  b.chain = pick_chain(a.dtype, b.taps * b.depth);
+  b.chain = pick_chain(a.dtype, b.taps * b.depth, b.dots);
   b.group_columns = b.dst_c / a.groups;
   b.blocks_dst = b.stage_dst && !b.across_images && (!b.input_grad || (a.stride_h == 1 && a.stride_w == 1)) && b.group_columns >= lanes;
   b.vectors = pick_vectors(b.group_columns, lanes, f);
   b.rows = f.rows_for_vectors[b.vectors];
   b.column_tiles = ceil_div(b.group_columns, b.vectors * lanes);
 
-  int64_t src_bytes = b.stage_src ? b.staged_h * b.staged_w * b.src_c * element : 0;
+  int64_t src_bytes = b.stage_src ? b.staged_h * b.staged_w * b.src_c * operand : 0;
   int64_t dst_bytes = b.stage_dst ? b.dst_h * b.dst_w * b.dst_c * element : 0;  // through the caches, block by block as well
   int64_t per_image = src_bytes + dst_bytes;
   b.images_per_chunk = per_image == 0 ? a.n : std::clamp<int64_t>(kStagedBytes / per_image, 1, a.n);
@@ -158,7 +162,7 @@ bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   // What is left of a vector of pixels, and of filters, that is not beyond the last.
   auto filled = [&](int64_t values) { return double(values) / double(ceil_div(values, lanes) * lanes); };
   bool full = filled(width) >= 0.9 * filled(channels);
-  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && a.layout == Layout::nchw && full && merge_few_channels(a));
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && !multiplies_pairs(a, f) && a.layout == Layout::nchw && full && merge_few_channels(a));
 }
 
 PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
@@ -176,7 +180,8 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   b.left = std::max<int64_t>(0, -leftmost);
   b.columns = ceil_div(std::max(rightmost + 1, src_w) + b.left, sorted);
   b.stream = streams(a.n * a.groups * dst_c * dst_h * dst_w * storage_bytes(a.dtype), f);
-  b.chain = pick_chain(a.dtype, src_c * a.r * a.s);
+  b.dots = multiplies_pairs(a, f) && src_c % 2 == 0;
+  b.chain = pick_chain(a.dtype, src_c * a.r * a.s, b.dots);
   auto source_rows = [&](int64_t rows) {
     return b.input_grad ? (rows - 1 + reach) / a.stride_h + 2 : (rows - 1) * a.stride_h + reach + 1;
   };
@@ -184,7 +189,7 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
   b.bundle = std::clamp<int64_t>(2 * lanes / std::min(src_c, dst_c), 1, a.groups);
   b.rows_per_task = dst_h;
   auto bytes = [&](int64_t rows) {
-    return b.bundle * (src_c * source_rows(rows) * sorted * b.columns + dst_c * rows * phases * b.outputs) * element;
+    return b.bundle * ((b.dots ? src_c / 2 : src_c) * source_rows(rows) * sorted * b.columns + dst_c * rows * phases * b.outputs) * element;
   };
   while (b.rows_per_task > 1 && (bytes(b.rows_per_task) > kPlanesBytes ||
                                  a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads))
@@ -207,11 +212,12 @@ PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
   b.input_grad = pass == Pass::input_grad;
   int64_t depth = (b.input_grad ? a.k : a.c) / a.groups, dst_c = b.input_grad ? a.c : a.k;
+  b.dots = multiplies_pairs(a, f) && depth % 2 == 0;
   int64_t vectors = f.rows_for_vectors[4] > 0 ? 3 : 2, rows = 8;
-  int64_t panel_bytes = depth * vectors * lanes * element, panels = ceil_div(a.n * a.p * a.q, vectors * lanes);
+  int64_t panel_bytes = depth * vectors * lanes * (b.dots ? 2 : element), panels = ceil_div(a.n * a.p * a.q, vectors * lanes);
   b.panels_per_task = std::clamp<int64_t>(kPointwiseBytes / panel_bytes, 1, ceil_div(panels * a.groups, f.threads * 4));
   b.stream = streams(a.n * a.p * a.q * dst_c * storage_bytes(a.dtype), f);
-  b.chain = pick_chain(a.dtype, depth);
+  b.chain = pick_chain(a.dtype, depth, b.dots);
   b.weights = ws.take((dst_c * depth + 2 * dst_c + rows) * element);
   b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
@@ -223,6 +229,8 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   ConvProblem& a = b.problem = problem;
   bool inside = a.pad_top == 0 && a.pad_left == 0 && (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w;
   b.flat = a.r * a.s == 1 && inside && (a.layout == Layout::nhwc || (a.p == a.h && a.q == a.w));
+  b.dots = multiplies_pairs(a, f) && a.n % 2 == 0;
+  if (b.dots) a.n /= 2;
   if (b.flat) a.h = a.p = a.n * a.p * a.q, a.n = a.w = a.q = a.stride_h = a.stride_w = 1;
   int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element, line = 64 / element;
   b.exchange = merge_few_channels(a);
@@ -236,7 +244,7 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   b.row_values = b.exchange ? b.depth : a.k / a.groups;
   b.column_values = b.exchange ? a.k : b.depth;
   b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
-  b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 ? 16 : pick_chain(a.dtype, a.n * a.p * a.q);
+  b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 && !b.dots ? 16 : pick_chain(a.dtype, a.n * a.p * a.q, b.dots);
   b.vectors = f.rows_for_vectors[4] > 0 && b.columns_padded % (4 * lanes) == 0 ? 4 : b.column_values > lanes ? 2 : 1;
   b.row_tiles = ceil_div(b.row_values, f.rows_for_vectors[b.vectors]);
   b.rows = int(ceil_div(b.row_values, b.row_tiles));  // tiles of equal height rather than a short last one
@@ -398,8 +406,9 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
   int64_t lanes = f.vector_bytes / 4;
   double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
   double filters = double(b.src_c) * dst, products = tiles * double((a.r + 3) * (a.r + 3)) * filters / kRate;
-  // The direct kernels for few channels fill their vectors.
+  // The direct kernels for few channels fill their vectors, and bf16's may have products at twice the rate.
   double direct = double(a.n * b.dst_h * b.dst_w) * double(a.r * a.s) * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
+  if (multiplies_pairs(a, f)) direct *= 0.55;
   // Of small images, taps in the padding are left out.
   if (b.input_grad && a.r == 5) direct *= taps_inside(a.h, a.p, a.r, a.pad_top, 1) * taps_inside(a.w, a.q, a.s, a.pad_left, 1);
   if (pass == Pass::weight_grad) {
@@ -454,7 +463,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     case ConvKernel::rows: {
       const RowsPlan& b = plan.rows;
       out += "rows_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
-             num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.across_images ? " across images" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
+             num(b.depth) + (b.dots ? " in pairs" : "") + (b.merge_taps ? " (filter rows merged)" : "") + (b.across_images ? " across images" : "") + ", " + num(b.tiles_per_block) + " tiles a block, " +
              num(b.images_per_chunk) + " images a chunk";
       if (b.stage_src || b.stage_dst)
         out += std::string(", staged") + (b.stage_src ? " source" : "") + (b.blocks_dst ? " output, block by block" : b.stage_dst ? " output" : "");
@@ -462,11 +471,11 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::planes: {
       const PlanesPlan& b = plan.planes;
-      out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns);
+      out += "planes_" + std::string(f.isa) + ", " + num(b.rows_per_task) + " rows a task, staged planes of " + num(b.rows) + " x " + num(b.columns) + (b.dots ? ", channels in pairs" : "");
       break;
     }
     case ConvKernel::pointwise: {
-      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task";
+      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task" + (plan.pointwise.dots ? ", channels in pairs" : "");
       break;
     }
     case ConvKernel::outer: {
@@ -474,6 +483,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       out += "outer_" + std::string(f.isa) + "_" + num(b.rows) + "x" + num(b.vectors * lanes) + ", " + num(b.taps) + " taps of " +
              num(b.depth) + (b.merge_taps ? " (filter rows merged)" : "") + (b.exchange ? " as rows" : "") + ", " + (b.flat ? "" : num(b.images_per_block) + " images x ") +
              num(b.rows_per_block) + (b.flat ? " pixels" : " rows") + " a block";
+      if (b.dots) out += ", images in pairs";
       if (b.splits > 1) out += ", " + num(b.splits) + " splits";
       if (b.parts > 1) out += " x " + num(b.parts) + " parts";
       out += b.stage_grad ? ", staged input and gradient" : ", staged input";

@@ -10,6 +10,7 @@ namespace convkit {
 
 struct CpuFacts {
   const char* isa;
+  bool bf16_dots;      // sums of two products of bf16 values in one instruction, at twice the rate of float32's
   int64_t vector_bytes;
   int64_t l2_bytes;  // of a core
   int threads;
@@ -32,6 +33,7 @@ struct Piece {
 struct RowsPlan {
   int64_t images, src_h, src_w, src_c, dst_h, dst_w, dst_c;
   bool input_grad;          // source pixel of (dst pixel, tap): divide by the stride instead of multiplying
+  bool dots;                // of bf16 values as they are stored, two at a time
   bool merge_taps;          // few channels: the taps of a filter row and their channels are one run of a padded copy
   bool stage_src, stage_dst;  // through a channels-last copy in the arithmetic's type, a few images at a time
   bool blocks_dst;          // the copy of the output is a task's own: its pixels are neighbours in the output
@@ -53,6 +55,7 @@ struct RowsPlan {
 // Forward and input gradient with few channels a group: through a copy in planes, vectors of pixels.
 struct PlanesPlan {
   bool input_grad;
+  bool dots;                // of pairs of channels of bf16
   int64_t rows_per_task;    // of the output
   int64_t bundle;           // groups copied together, so that a copy has a vector of channels to work with
   int64_t rows, left;       // of a staged plane: rows, and zeros before column 0
@@ -67,6 +70,7 @@ struct PlanesPlan {
 // 1x1 filters and contiguous tensors, forward and input gradient: filters times panels of pixels.
 struct PointwisePlan {
   bool input_grad;
+  bool dots;                // of pairs of channels of bf16
   int64_t panels_per_task;  // copied, and multiplied with all filters
   bool stream;              // write past the caches
   int64_t chain;            // products summed before they are added to a total
@@ -77,7 +81,8 @@ struct PointwisePlan {
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
 // a tile are filters and its columns channels; with few channels it is the other way round, so that the vectors are full.
 struct OuterPlan {
-  ConvProblem problem;      // what is computed; flat, or as it was
+  ConvProblem problem;      // what is computed; flat, or as it was; with half its images where they are paired
+  bool dots;                // of bf16, of pairs of pixels: one of the first half of the images, one of the second
   bool flat;                // 1x1 filters: the pixels that they meet, of all images, are one column
   bool merge_taps;          // the taps of a filter row and their channels are one run of a padded copy of x
   bool exchange;            // values of x are rows and filters columns, of the gradient where it lies if that may be

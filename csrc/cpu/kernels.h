@@ -34,6 +34,7 @@ struct Kernels {
 // The table in force: the best this machine has, or the one that CONVKIT_ISA names. Throws std::runtime_error for a
 // name that is unknown, not compiled in or not supported by this processor.
 const Kernels& kernels();
+const char* isa();
 
 // What plans are made from: the table in force, this machine's caches, and the threads that the caller has.
 CpuFacts cpu_facts(int threads);

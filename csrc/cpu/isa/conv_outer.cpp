@@ -54,7 +54,11 @@ template <class T> struct OuterTile {
   int64_t ahead_step;
 };
 
-template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(const OuterTile<T>& a) {
+// kPairs: values are pairs of bf16, of two pixels, and T is float.
+template <class T, bool kPairs, int MR, int NV> __attribute__((noinline)) void outer_tile(const OuterTile<T>& a) {
+  using X = std::conditional_t<kPairs, bf16, T>;
+  using O = Operand<X>;
+  auto spread = [](const T* p) __attribute__((always_inline)) { return O::row(reinterpret_cast<const X*>(p)); };
   constexpr int L = kLanes<T>;
   vec<T> acc[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
@@ -90,8 +94,8 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
             vec<T> lane[NV];
             CONVKIT_UNROLL for (int v = 0; v < NV; ++v) lane[v] = load(column + v * L);
             CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-              vec<T> g = broadcast(row[m]);
-              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+              vec<T> g = spread(row + m);
+              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], g, lane[v]);
             }
           }
         } else {
@@ -100,8 +104,8 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
             CONVKIT_UNROLL for (int v = 0; v < NV - 1; ++v) lane[v] = load(column + v * L);
             lane[NV - 1] = load_n(column + (NV - 1) * L, a.tail);
             CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-              vec<T> g = broadcast(row[m]);
-              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += g * lane[v];
+              vec<T> g = spread(row + m);
+              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], g, lane[v]);
             }
           }
         }
@@ -112,13 +116,16 @@ template <class T, int MR, int NV> __attribute__((noinline)) void outer_tile(con
 
 template <class T> using OuterTileFn = void (*)(const OuterTile<T>&);
 
-template <class T, int NV, int MR = kTileRows[NV]> OuterTileFn<T> outer_tile_for(int rows) {
-  if constexpr (MR == 1) return outer_tile<T, 1, NV>;
-  else return rows == MR ? outer_tile<T, MR, NV> : outer_tile_for<T, NV, MR - 1>(rows);
+template <class T, bool kPairs, int NV, int MR = kTileRows[NV]> OuterTileFn<T> outer_tile_for(int rows) {
+  if constexpr (MR == 1) return outer_tile<T, kPairs, 1, NV>;
+  else return rows == MR ? outer_tile<T, kPairs, MR, NV> : outer_tile_for<T, kPairs, NV, MR - 1>(rows);
 }
 
-template <class S> struct Outer {
+// From: what blocks are copied from, the tensors, or pairs of values of one half of the images and of the other. The plan's
+// problem has half the images then.
+template <class S, class From> struct Outer {
   using T = compute_t<S>;
+  static constexpr bool kPairs = !std::is_pointer_v<From>;
   static constexpr int L = kLanes<T>;
   const ConvArgs& a;
   const Pool& pool;
@@ -129,10 +136,16 @@ template <class S> struct Outer {
   int64_t width = int64_t(plan.vectors) * L;              // of a tile
   int64_t strips = ceil_div(p.p, plan.rows_per_block);    // blocks one below the other
   int64_t channels_of_group = p.c / p.groups;
-  const S *x = static_cast<const S*>(a.x), *grad = static_cast<const S*>(a.src);
+  From x = images(a.x, a.problem.h * a.problem.w * p.c), grad = images(a.src, a.problem.p * a.problem.q * p.k);
   bool picked = plan.flat && (a.problem.p != a.problem.h || a.problem.q != a.problem.w);  // only the pixels of x that filters meet are copied
 
   Outer(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
+
+  From images(const void* tensor, int64_t size) const {
+    const S* first = static_cast<const S*>(tensor);
+    if constexpr (kPairs) return {first, a.problem.n / 2 * size};
+    else return first;
+  }
 
   // Some images' rows [row, last_row) of the gradient, and the rows [x_row, last_x_row) of x that its taps reach (of the
   // padded image when taps are merged).
@@ -186,6 +199,7 @@ template <class S> struct Outer {
       return here;
     }
   };
+  static constexpr int kAhead = kPairs ? 4 : 2;
 
   // What channels [channel, channel + channels) of pixels [first, last), counted through images of hw pixels, are copied
   // from; nothing where that is not one run or one column after the other.
@@ -236,28 +250,28 @@ template <class S> struct Outer {
             tile.columns = (plan.exchange ? grad_at : x_at) + column_value;
             tile.sums = sums_at(split, unit, tap) + column_value;
             tile.ahead = reinterpret_cast<const char*>(tile.sums), tile.ahead_step = 0;
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < kAhead; ++i)
               if (ahead[i].columns > 0) {
                 tile.ahead_step = ahead[i].step;
                 tile.ahead = ahead[i].take(b.images * (rows.end - rows.begin) * (columns.end - columns.begin));
                 break;
               }
             int tile_rows = int(rows_of(unit));
-            auto kernel = vectors == 1   ? outer_tile_for<T, 1>(tile_rows)
-                          : vectors == 2 ? outer_tile_for<T, 2>(tile_rows)
-                                         : outer_tile_for<T, kMaxVectors>(tile_rows);
+            auto kernel = vectors == 1   ? outer_tile_for<T, kPairs, 1>(tile_rows)
+                          : vectors == 2 ? outer_tile_for<T, kPairs, 2>(tile_rows)
+                                         : outer_tile_for<T, kPairs, kMaxVectors>(tile_rows);
             kernel(tile);
           }
         }
   }
 
   // Those pixels and channels -> to, pixel_stride values from pixel to pixel.
-  void stage(const S* src, int64_t hw, int64_t c, int64_t first, int64_t last, int64_t channel, int64_t channels, T* to, int64_t pixel_stride) const {
+  void stage(From src, int64_t hw, int64_t c, int64_t first, int64_t last, int64_t channel, int64_t channels, T* to, int64_t pixel_stride) const {
     int64_t at_once = p.layout == Layout::nchw ? L : channels;  // few planes at a time are read as streams
     for (int64_t pixels; first < last; first += pixels, to += pixels * pixel_stride) {
       pixels = min_of(hw - first % hw, last - first);
       for (int64_t i = 0; i < channels; i += at_once)
-        stage_pixels(src + first / hw * hw * c, p.layout, hw, c, first % hw, pixels, channel + i, min_of(at_once, channels - i), to + i, pixel_stride);
+        stage_pixels(src + (first / hw * hw * c), p.layout, hw, c, first % hw, pixels, channel + i, min_of(at_once, channels - i), to + i, pixel_stride);
     }
   }
 
@@ -268,13 +282,13 @@ template <class S> struct Outer {
       for (int64_t at = b.x_row, end; at < b.last_x_row; to += (end - at) * plan.x_pixel, at = end) {
         int64_t row = at / o.q;
         end = min_of((row + 1) * o.q, b.last_x_row);
-        const S* from = x + (row / o.p * o.h + row % o.p * o.stride_h) * o.w * o.c;
+        From from = x + ((row / o.p * o.h + row % o.p * o.stride_h) * o.w * o.c);
         stage_pixels(from, p.layout, o.q, o.stride_w * o.c, at % o.q, end - at, channel, channels, to, plan.x_pixel);
       }
     else if (plan.merge_taps)
       for (int64_t i = 0; i < b.images * rows; ++i, to += plan.staged_w * plan.x_pixel)
         for (int64_t group = 0; group < part.groups; ++group)
-          stage_row(x + (b.image + i / rows) * p.h * p.w * p.c, {p.h, p.w, p.c, p.layout}, b.x_row + i % rows - p.pad_top, p.pad_left,
+          stage_row(x + ((b.image + i / rows) * p.h * p.w * p.c), {p.h, p.w, p.c, p.layout}, b.x_row + i % rows - p.pad_top, p.pad_left,
                     plan.staged_w, channel + group * channels_of_group, channels_of_group, to + group * b.images * rows * plan.staged_w * plan.x_pixel);
     else
       for (int64_t image = b.image; image < b.image + b.images; ++image, to += rows * p.w * plan.x_pixel) {
@@ -291,24 +305,29 @@ template <class S> struct Outer {
     for (int64_t i = blocks * split / plan.splits; i < end; ++i) {
       Block b = block_at(i);
       int64_t first = (b.image * p.p + b.row) * p.q, pixels = ((b.images - 1) * p.p + b.last_row - b.row) * p.q;
-      Ahead ahead[2];
+      Ahead ahead[kAhead];
       if (i + 1 < end) {
         Block n = block_at(i + 1);
-        auto pixels_of = [&](const S* src, int64_t h, int64_t w, int64_t plane, int64_t c, int64_t row, int64_t last_row, int64_t channel,
+        auto pixels_of = [&](Ahead* to, From src, int64_t h, int64_t w, int64_t plane, int64_t c, int64_t row, int64_t last_row, int64_t channel,
                              int64_t channels) {
           int64_t begin = (n.image * h + max_of<int64_t>(0, row)) * w, last = ((n.image + n.images - 1) * h + min_of(h, last_row)) * w;
-          return ahead_of(src, plane, c, begin, last, channel, channels);
+          if constexpr (kPairs) {
+            to[0] = ahead_of(src.first, plane, c, begin, last, channel, channels);
+            to[2] = ahead_of(src.first + src.second, plane, c, begin, last, channel, channels);
+          } else {
+            *to = ahead_of(src, plane, c, begin, last, channel, channels);
+          }
         };
         int64_t top = plan.merge_taps ? p.pad_top : 0;
-        ahead[0] = pixels_of(grad, p.p, p.q, pq, p.k, n.row, n.last_row, part.filter, part.filters);
+        pixels_of(ahead, grad, p.p, p.q, pq, p.k, n.row, n.last_row, part.filter, part.filters);
         if (!picked)
-          ahead[1] = pixels_of(x, p.h, p.w, hw, p.c, n.x_row - top, n.last_x_row - top, part.group * channels_of_group, part.groups * channels_of_group);
+          pixels_of(ahead + 1, x, p.h, p.w, hw, p.c, n.x_row - top, n.last_x_row - top, part.group * channels_of_group, part.groups * channels_of_group);
       }
       stage_x(b, part, staged_x);
       if (plan.stage_grad) {
         stage(grad, pq, p.k, first, first + pixels, part.filter, part.filters, staged_grad, plan.grad_pixel);
         compute(b, split, part, staged_grad, pixels / b.images * plan.grad_pixel, staged_x, ahead);
-      } else {
+      } else if constexpr (!kPairs) {
         compute(b, split, part, reinterpret_cast<const T*>(grad) + first * p.k, pq * p.k, staged_x, ahead);
       }
     }
@@ -354,7 +373,10 @@ template <class S> struct Outer {
 }  // namespace
 
 void conv_outer(const ConvArgs& a, const Pool& pool) {
-  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Outer<S>(a, pool).run(); });
+#if defined(CONVKIT_DOTS)
+  if (a.plan.outer.dots) return Outer<bf16, Pairs>(a, pool).run();
+#endif
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Outer<S, const S*>(a, pool).run(); });
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

@@ -15,21 +15,25 @@ namespace convkit::cpu::CONVKIT_ISA {
 
 namespace {
 
-template <class T> struct PlanesTile {
+// X: what products are of. Of bf16 a source channel is a pair of channels, and T, float, is four bytes of their values.
+template <class X> struct PlanesTile {
+  using T = compute_t<X>;
   const T* x;
   const int64_t *from, *to;  // each vector's offset from x, without the taps', and from out
   int64_t channels, plane;   // source channels, and elements from one to the next
   const int64_t* offsets;    // of the taps
   const int32_t* taps;       // their numbers
   int64_t tap_count;
-  const T* weights;          // [source channel][tap][MC]
+  const X* weights;          // [source channel][tap][MC]
   int64_t weights_of_channel;
   int64_t chain;             // source channels summed before they are added to a total
   T* out;
   int64_t out_stride;        // elements from channel to channel
 };
 
-template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(const PlanesTile<T>& a) {
+template <class X, int MC, int NV> __attribute__((noinline)) void planes_tile(const PlanesTile<X>& a) {
+  using T = compute_t<X>;
+  using O = Operand<X>;
   vec<T> total[MC][NV] = {};
   for (int64_t first = 0; first < a.channels; first += a.chain) {
     vec<T> sum[MC][NV];
@@ -38,15 +42,15 @@ template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(co
     int64_t last = min_of(a.channels, first + a.chain);
     for (int64_t c = first; c < last; ++c) {
       const T* plane = a.x + c * a.plane;
-      const T* weights = a.weights + c * a.weights_of_channel;
+      const X* weights = a.weights + c * a.weights_of_channel;
       for (int64_t t = 0; t < a.tap_count; ++t) {
         const T* x = plane + a.offsets[t];
-        const T* w = weights + a.taps[t] * MC;
+        const X* w = weights + a.taps[t] * MC * O::kDepth;
         vec<T> pixels[NV];
         CONVKIT_UNROLL for (int v = 0; v < NV; ++v) pixels[v] = held(load(x + a.from[v]));
         CONVKIT_UNROLL for (int m = 0; m < MC; ++m) {
-          vec<T> wm = broadcast(w[m]);
-          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] += wm * pixels[v];
+          vec<T> wm = O::row(w + m * O::kDepth);
+          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = O::multiply_add(sum[m][v], wm, pixels[v]);
         }
       }
     }
@@ -57,33 +61,33 @@ template <class T, int MC, int NV> __attribute__((noinline)) void planes_tile(co
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) store(a.out + m * a.out_stride + a.to[v], total[m][v]);
 }
 
-template <class T> using PlanesTileFn = void (*)(const PlanesTile<T>&);
+template <class X> using PlanesTileFn = void (*)(const PlanesTile<X>&);
 
 // Vectors of pixels that fit the registers beside MC channels.
 template <int MC> constexpr int kPlanesVectors = max_of(1, min_of(8, (kVectorBytes == 64 ? 24 : 10) / MC));
 
-template <class T, int MC, int NV = kPlanesVectors<MC>> PlanesTileFn<T> planes_tile_of(int vectors) {
-  if constexpr (NV == 1) return planes_tile<T, MC, 1>;
-  else return vectors >= NV ? planes_tile<T, MC, NV> : planes_tile_of<T, MC, NV - 1>(vectors);
+template <class X, int MC, int NV = kPlanesVectors<MC>> PlanesTileFn<X> planes_tile_of(int vectors) {
+  if constexpr (NV == 1) return planes_tile<X, MC, 1>;
+  else return vectors >= NV ? planes_tile<X, MC, NV> : planes_tile_of<X, MC, NV - 1>(vectors);
 }
-template <class T, int MC = kPlanesChannels> PlanesTileFn<T> planes_tile_for(int channels, int vectors) {
-  if constexpr (MC == 1) return planes_tile_of<T, 1>(vectors);
-  else return channels == MC ? planes_tile_of<T, MC>(vectors) : planes_tile_for<T, MC - 1>(channels, vectors);
+template <class X, int MC = kPlanesChannels> PlanesTileFn<X> planes_tile_for(int channels, int vectors) {
+  if constexpr (MC == 1) return planes_tile_of<X, 1>(vectors);
+  else return channels == MC ? planes_tile_of<X, MC>(vectors) : planes_tile_for<X, MC - 1>(channels, vectors);
 }
 template <int MC = kPlanesChannels> int most_vectors(int channels) {
   if constexpr (MC == 1) return kPlanesVectors<1>;
   else return channels == MC ? kPlanesVectors<MC> : most_vectors<MC - 1>(channels);
 }
 
-template <class S> struct Planes {
-  using T = compute_t<S>;
-  static constexpr int L = kLanes<T>;
+template <class S, class X> struct Planes {
+  using T = compute_t<X>;
+  static constexpr int L = kLanes<T>, G = Operand<X>::kDepth;  // G: source channels of a step
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
   const PlanesPlan& plan = a.plan.planes;
   char* ws = static_cast<char*>(a.workspace);
-  T* weights = reinterpret_cast<T*>(ws + plan.weights.offset);  // [group][tile][source channel][r][s][channel of the tile]
+  X* weights = reinterpret_cast<X*>(ws + plan.weights.offset);  // [group][tile][source channel / G][r][s][channel of the tile][G]
   int64_t src_h = plan.input_grad ? p.p : p.h, src_w = plan.input_grad ? p.q : p.w, src_c = plan.input_grad ? p.k : p.c;
   int64_t dst_h = plan.input_grad ? p.h : p.p, dst_w = plan.input_grad ? p.w : p.q, dst_c = plan.input_grad ? p.c : p.k;
   int64_t src_cg = src_c / p.groups, dst_cg = dst_c / p.groups, taps = p.r * p.s;
@@ -104,9 +108,9 @@ template <class S> struct Planes {
         const S* filter = from + i / src_cg * filters_of_group * st.k + i % src_cg * source_stride;
         for (int64_t first = 0; first < dst_cg; first += kPlanesChannels) {
           int64_t channels = min_of<int64_t>(kPlanesChannels, dst_cg - first);
-          T* to = weights + (i / src_cg * dst_cg + first) * src_cg * taps + i % src_cg * taps * channels;
+          X* to = weights + (i / src_cg * dst_cg + first) * src_cg * taps + i % src_cg / G * G * taps * channels + i % G;
           for (int64_t tap = 0; tap < taps; ++tap)
-            for (int64_t m = 0; m < channels; ++m) *to++ = get(filter + tap / p.s * st.r + tap % p.s * st.s + (first + m) * stride);
+            for (int64_t m = 0; m < channels; ++m, to += G) put(to, get(filter + tap / p.s * st.r + tap % p.s * st.s + (first + m) * stride));
         }
       }
     });
@@ -116,26 +120,36 @@ template <class S> struct Planes {
   int64_t place(int64_t x) const { return sorted == 1 ? x + plan.left : (x + plan.left) % sorted * plan.columns + (x + plan.left) / sorted; }
 
   // A row of the image, `step` elements from pixel to pixel, to its places.
-  void sort(const S* line, int64_t step, T* to) const {
+  template <class From> void sort(From line, int64_t step, T* to) const {
     for (int64_t first = 0; first < min_of(sorted, src_w); ++first) {
       T* at = to + place(first);
       for (int64_t x = first; x < src_w; x += sorted) *at++ = get(line + x * step);
     }
   }
 
-  // Rows [first, first + plan.rows) of channels [channel, channel + channels) -> planes[channel][row][place]. What is left
-  // and right of the image is zero already.
+  // G neighbouring channels of a contiguous image: of its pixels, and of one pixel where they lie together.
+  auto planes_at(const S* from) const {
+    if constexpr (G == 1) return from;
+    else return Pairs{from, src_h * src_w};
+  }
+  auto pixels_at(const S* from) const {
+    if constexpr (G == 1) return from;
+    else return reinterpret_cast<const T*>(from);
+  }
+
+  // Rows [first, first + plan.rows) of channels [channel, channel + channels) -> planes[channel / G][row][place]. What is
+  // left and right of the image is zero already.
   void stage(const S* image, int64_t channel, int64_t channels, int64_t first, T* planes) const {
     int64_t plane = plan.rows * row_size;
     for (int64_t i = 0; i < plan.rows; ++i) {
       T* to = planes + i * row_size;
       if (first + i < 0 || first + i >= src_h) {
-        for (int64_t c = 0; c < channels; ++c) fill_zero(to + c * plane, row_size);
+        for (int64_t c = 0; c < channels / G; ++c) fill_zero(to + c * plane, row_size);
         continue;
       }
       if (p.layout == Layout::nchw) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const S* line = image + ((channel + c) * src_h + first + i) * src_w;
+        for (int64_t c = 0; c < channels / G; ++c) {
+          auto line = planes_at(image + ((channel + c * G) * src_h + first + i) * src_w);
           if (sorted == 1) copy_values(line, to + c * plane + plan.left, src_w);
           else sort(line, 1, to + c * plane);
         }
@@ -144,8 +158,9 @@ template <class S> struct Planes {
         // The next bundle is beside this one, in lines too far apart for the hardware to see a stream in them.
         for (int64_t x = 0; x < src_w; ++x)
           for (int64_t c = channels; c < 2 * channels; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(line + x * src_c + c, 0, 2);
-        if (sorted == 1) transpose_block(line, src_c, to + plan.left, plane, src_w, channels);
-        else for (int64_t c = 0; c < channels; ++c) sort(line + c, src_c, to + c * plane);
+        auto steps = pixels_at(line);
+        if (sorted == 1) transpose_block(steps, src_c / G, to + plan.left, plane, src_w, channels / G);
+        else for (int64_t c = 0; c < channels / G; ++c) sort(steps + c, src_c / G, to + c * plane);
       }
     }
   }
@@ -182,15 +197,15 @@ template <class S> struct Planes {
   }
 
   // Rows [first, last) of `channels` of a group: phase by phase, vectors of all rows of a phase in turn.
-  void compute(const T* planes, const T* weights, int64_t channels, int64_t first, int64_t last, T* out, int64_t* offsets, int32_t* numbers) const {
+  void compute(const T* planes, const X* weights, int64_t channels, int64_t first, int64_t last, T* out, int64_t* offsets, int32_t* numbers) const {
     int64_t most = most_vectors(int(channels)), out_row = phases * plan.outputs, phases_h = plan.input_grad ? p.stride_h : 1;
-    PlanesTile<T> tile;
+    PlanesTile<X> tile;
     int64_t from[8], to[8];
     tile.x = planes, tile.from = from, tile.to = to;
-    tile.channels = src_cg, tile.plane = plan.rows * row_size;
+    tile.channels = src_cg / G, tile.plane = plan.rows * row_size;
     tile.offsets = offsets, tile.taps = numbers;
     tile.weights = weights;
-    tile.weights_of_channel = taps * channels;
+    tile.weights_of_channel = taps * channels * G;
     tile.out = out, tile.out_stride = plan.rows_per_task * out_row;
     for (int64_t i = first; i < min_of(last, first + phases_h); ++i)
       for (int64_t phase = 0; phase < phases; ++phase) {
@@ -213,7 +228,7 @@ template <class S> struct Planes {
             from[v] = row * row_step + column;
             to[v] = (i - first + row * phases_h) * out_row + phase * plan.outputs + column;
           }
-          planes_tile_for<T>(int(channels), int(count))(tile);
+          planes_tile_for<X>(int(channels), int(count))(tile);
         }
       }
   }
@@ -230,10 +245,10 @@ template <class S> struct Planes {
     int64_t out_channel = plan.rows_per_task * phases * plan.outputs;
     parallel(pool, p.n * pieces, [&](int64_t begin, int64_t end, int thread) {
       T* planes = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
-      T* out = planes + plan.bundle * src_cg * plane;
+      T* out = planes + plan.bundle * src_cg / G * plane;
       int64_t* offsets = reinterpret_cast<int64_t*>(out + plan.bundle * dst_cg * out_channel);
       int32_t* numbers = reinterpret_cast<int32_t*>(offsets + taps);
-      fill_zero(planes, plan.bundle * src_cg * plane);
+      fill_zero(planes, plan.bundle * src_cg / G * plane);
       for (int64_t task = begin; task < end; ++task) {
         int64_t image = task / pieces, first = task % pieces * plan.rows_per_task, last = min_of(dst_h, first + plan.rows_per_task);
         const S* src = static_cast<const S*>(a.src) + image * src_h * src_w * src_c;
@@ -243,7 +258,7 @@ template <class S> struct Planes {
           stage(src, group * src_cg, groups * src_cg, source_row(first), planes);
           for (int64_t g = 0; g < groups; ++g)
             for (int64_t m = 0; m < dst_cg; m += kPlanesChannels)
-              compute(planes + g * src_cg * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kPlanesChannels, dst_cg - m), first,
+              compute(planes + g * src_cg / G * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kPlanesChannels, dst_cg - m), first,
                       last, out + (g * dst_cg + m) * out_channel, offsets, numbers);
           affine(out, group * dst_cg, groups * dst_cg);
           with_residual<S>(a, [&](auto finish) { emit(out, dst, group * dst_cg, groups * dst_cg, first, last, finish); });
@@ -272,7 +287,10 @@ template <class S> struct Planes {
 }  // namespace
 
 void conv_planes(const ConvArgs& a, const Pool& pool) {
-  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Planes<S>(a, pool).run(); });
+#if defined(CONVKIT_DOTS)
+  if (a.plan.planes.dots) return Planes<bf16, bf16>(a, pool).run();
+#endif
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Planes<S, compute_t<S>>(a, pool).run(); });
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

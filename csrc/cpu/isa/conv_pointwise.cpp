@@ -16,13 +16,14 @@ namespace {
 constexpr int kVectors = kMaxVectors == 4 ? 3 : 2, kRows = kMaxVectors == 4 ? 8 : 6;
 
 // to[j] = from[j * step], j < n.
-template <class S> CONVKIT_INLINE void copy_strided(const S* from, int64_t step, compute_t<S>* to, int64_t n) {
+template <class From, class D> CONVKIT_INLINE void copy_strided(From from, int64_t step, D* to, int64_t n) {
   if (step == 1) return copy_values(from, to, n);
-  for (int64_t j = 0; j < n; ++j) to[j] = get(from + j * step);
+  for (int64_t j = 0; j < n; ++j) put(to + j, get(from + j * step));
 }
 
-template <class S> struct Pointwise {
-  using T = compute_t<S>;
+// X: what its products are of. From: what panels are copied from, of bf16 pairs of channels.
+template <class S, class X, class From> struct Pointwise {
+  using T = compute_t<X>;
   static constexpr int kWidth = kVectors * kLanes<T>;
   const ConvArgs& a;
   const Pool& pool;
@@ -35,8 +36,8 @@ template <class S> struct Pointwise {
   Pointwise(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
   // weights[dst channel][depth], rows of which the tile broadcasts; then scale and bias.
-  T* weights() const { return reinterpret_cast<T*>(ws + plan.weights.offset); }
-  T* scale() const { return weights() + dst_c * depth; }
+  X* weights() const { return reinterpret_cast<X*>(ws + plan.weights.offset); }
+  T* scale() const { return reinterpret_cast<T*>(weights()) + dst_c * depth; }
   T* bias() const { return scale() + dst_c; }
 
   void pack() const {
@@ -48,7 +49,7 @@ template <class S> struct Pointwise {
       for (int64_t i = begin; i < end; ++i) {
         int64_t group = i / pieces, first = i % pieces * kPiece, count = min_of(kPiece, filters - first);
         const S* source = from + group * filters_of_group * st.k + first * (plan.input_grad ? st.c : st.k);
-        T* to = weights() + (group * filters + first) * depth;
+        X* to = weights() + (group * filters + first) * depth;
         if (plan.input_grad && st.c == 1) transpose_block(source, st.k, to, depth, depth, count);
         else
           for (int64_t k = 0; k < count; ++k) copy_strided(source + k * (plan.input_grad ? st.c : st.k), plan.input_grad ? st.k : st.c, to + k * depth, depth);
@@ -67,25 +68,26 @@ template <class S> struct Pointwise {
     }
   }
 
-  // Pixels [first, first + count), all channels of a group -> panels[panel][depth][kWidth].
-  void stage(const S* src, int64_t group, int64_t first, int64_t count, T* panels) const {
-    int64_t panel_size = depth * kWidth, whole = ceil_div(count, kWidth) * kWidth;
-    for (int64_t c = 0; c < depth; ++c) {
-      auto place = [&](int64_t lane) { return panels + lane / kWidth * panel_size + c * kWidth + lane % kWidth; };
+  // Pixels [first, first + count), all channels of a group -> panels[panel][steps of the depth][kWidth].
+  void stage(From src, int64_t group, int64_t first, int64_t count, T* panels) const {
+    int64_t steps = depth / Operand<X>::kDepth, panel_size = steps * kWidth, whole = ceil_div(count, kWidth) * kWidth;
+    for (int64_t step = 0; step < steps; ++step) {
+      int64_t c = step * Operand<X>::kDepth;
+      auto place = [&](int64_t lane) { return panels + lane / kWidth * panel_size + step * kWidth + lane % kWidth; };
       // A run of neighbours in memory, split where panels end.
-      auto run = [&](const S* from, int64_t step, int64_t n, int64_t lane) {
+      auto run = [&](From from, int64_t apart, int64_t n, int64_t lane) {
         while (n > 0) {
           int64_t piece = min_of(n, kWidth - lane % kWidth);
-          copy_strided(from, step, place(lane), piece);
-          from += piece * step, lane += piece, n -= piece;
+          copy_strided(from, apart, place(lane), piece);
+          from = from + piece * apart, lane += piece, n -= piece;
         }
       };
       each_image(first, count, [&](int64_t image, int64_t at, int64_t n, int64_t lane) {
-        const S* plane = src + (image * src_c + group * depth + c) * hw;
+        From plane = src + (image * src_c + group * depth + c) * hw;
         if (p.stride_h == 1 && p.stride_w == 1 && p.q == p.w) return run(plane + at, 1, n, lane);
         for (int64_t row = at / p.q, column = at % p.q; n > 0; ++row, column = 0) {
           int64_t piece = min_of(p.q - column, n);
-          run(plane + row * p.stride_h * p.w + column * p.stride_w, p.stride_w, piece, lane);
+          run(plane + (row * p.stride_h * p.w + column * p.stride_w), p.stride_w, piece, lane);
           lane += piece, n -= piece;
         }
       });
@@ -93,18 +95,19 @@ template <class S> struct Pointwise {
     }
   }
 
-  void run() const {
+  // src: the tensor, or pairs of its neighbouring channels.
+  void run(From src) const {
     pack();
     int64_t block = plan.panels_per_task * kWidth, row_tiles = ceil_div(filters, kRows);
     bool streamed = plan.stream && pq % kLine<S> == 0 && kWidth % kLine<S> == 0 && streamable(a.dst);
     parallel(pool, ceil_div(pixels, block) * p.groups, [&](int64_t begin, int64_t end, int thread) {
-      T* panels = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+      X* panels = reinterpret_cast<X*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
       S* aside = reinterpret_cast<S*>(panels + plan.panels_per_task * depth * kWidth);
-      const T* rows[kRows];
+      const X* rows[kRows];
       S* dst[kRows];
       const int64_t no_offset = 0;
       const int32_t only_tap = 0;
-      RowsTile<T, S> tile;
+      RowsTile<X, S> tile;
       tile.rows = rows, tile.rows_step = 0, tile.offsets = &no_offset, tile.taps = &only_tap, tile.tap_count = 1;
       tile.depth = depth, tile.chain = plan.chain, tile.row_offset = 0;
       tile.ahead = kRows * depth;
@@ -113,7 +116,7 @@ template <class S> struct Pointwise {
       tile.relu = a.relu;
       for (int64_t i = begin; i < end; ++i) {
         int64_t group = i % p.groups, first = i / p.groups * block, count = min_of(block, pixels - first);
-        stage(static_cast<const S*>(a.src), group, first, count, panels);
+        stage(src, group, first, count, reinterpret_cast<T*>(panels));
         for (int64_t t = 0; t < row_tiles; ++t)
           for (int64_t lane = 0; lane < count; lane += kWidth) {
             int64_t channel = group * filters + t * kRows, at = (first + lane) % pq;
@@ -140,7 +143,7 @@ template <class S> struct Pointwise {
               each_run([&](int64_t place, S* to, size_t bytes) { std::memcpy(static_cast<void*>(to), static_cast<const S*>(a.residual) + place, bytes); });
               tile.residual = tile.origin = aside;
             }
-            rows_tile<T, S, kRows, kVectors>(tile);
+            rows_tile<X, S, kRows, kVectors>(tile);
             if (!inside_image)
               each_run([&](int64_t place, const S* from, size_t bytes) { std::memcpy(static_cast<void*>(static_cast<S*>(a.dst) + place), from, bytes); });
           }
@@ -153,7 +156,13 @@ template <class S> struct Pointwise {
 }  // namespace
 
 void conv_pointwise(const ConvArgs& a, const Pool& pool) {
-  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Pointwise<S>(a, pool).run(); });
+#if defined(CONVKIT_DOTS)
+  if (a.plan.pointwise.dots) {
+    Pointwise<bf16, bf16, Pairs> pairs(a, pool);
+    return pairs.run({static_cast<const bf16*>(a.src), pairs.hw});
+  }
+#endif
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Pointwise<S, compute_t<S>, const S*>(a, pool).run(static_cast<const S*>(a.src)); });
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

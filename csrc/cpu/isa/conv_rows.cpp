@@ -61,25 +61,26 @@ CONVKIT_INLINE int64_t source(int64_t i, int64_t tap, int64_t stride, int64_t pa
   return at < 0 || at % stride != 0 || at / stride >= size ? -1 : at / stride;
 }
 
-template <class S> struct Rows {
-  using T = compute_t<S>;
+// X: what its products are of.
+template <class S, class X> struct Rows {
+  using T = compute_t<X>;
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
   const RowsPlan& plan = a.plan.rows;
   char* ws = static_cast<char*>(a.workspace);
-  T* panels = reinterpret_cast<T*>(ws + plan.panels.offset);
-  T* zeros = reinterpret_cast<T*>(ws + plan.zeros.offset);
-  T* staged_src = reinterpret_cast<T*>(ws + plan.src.offset);
+  X* panels = reinterpret_cast<X*>(ws + plan.panels.offset);
+  X* zeros = reinterpret_cast<X*>(ws + plan.zeros.offset);
+  X* staged_src = reinterpret_cast<X*>(ws + plan.src.offset);
   T* staged_dst = reinterpret_cast<T*>(ws + plan.dst.offset);
   int64_t width = int64_t(plan.vectors) * kLanes<T>;
-  int64_t panel_size = plan.taps * plan.depth * width;
+  int64_t panel_size = plan.taps * whole_steps<X>(plan.depth) * width;
   int64_t src_channels_of_group = plan.src_c / p.groups;
 
   Rows(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
   // panels[group][column tile][tap][depth][width], then bias and scale padded to whole tiles.
-  T* bias() const { return zeros + plan.src_c; }
+  T* bias() const { return reinterpret_cast<T*>(zeros) + plan.src_c; }
   T* scale() const { return bias() + p.groups * plan.column_tiles * width; }
 
   void pack() const {
@@ -94,8 +95,8 @@ template <class S> struct Rows {
         int64_t piece = i % pieces, tile = i / pieces % plan.column_tiles, group = i / pieces / plan.column_tiles;
         int64_t first = tile * width, columns = min_of(width, plan.group_columns - first);
         const S* from = weight + group * filters_of_group * st.k + first * column_stride;
-        T* panel = panels + (group * plan.column_tiles + tile) * panel_size;
-        pack_panel<S>(panel, plan.taps, piece * kDepthPiece, min_of(plan.depth, (piece + 1) * kDepthPiece), plan.depth, width,
+        X* panel = panels + (group * plan.column_tiles + tile) * panel_size;
+        pack_panel(panel, plan.taps, piece * kDepthPiece, min_of(plan.depth, (piece + 1) * kDepthPiece), plan.depth, width,
                       columns, column_stride, plan.merge_taps ? 0 : depth_stride, [&](int64_t tap, int64_t d) {
                         if (plan.merge_taps) return from + tap * st.r + d / p.c * st.s + d % p.c * st.c;
                         return from + tap / p.s * st.r + tap % p.s * st.s + d * depth_stride;
@@ -115,7 +116,7 @@ template <class S> struct Rows {
   // Pointers, taps and destinations of the tiles of one block. A tile whose rows are all clear of the padding has one
   // pointer a row, and the taps' offsets from it, the same for all such tiles, serve it: tap_count is -1.
   template <class D> struct Table {
-    const T** rows;       // [tile][taps][MR]
+    const X** rows;       // [tile][taps][MR]
     D** dst;              // [tile][MR]
     int64_t* tap_count;   // [tile]
     int32_t* taps;        // [tile][taps]
@@ -129,7 +130,7 @@ template <class S> struct Rows {
     int64_t tiles = plan.tiles_per_block;
     auto take = [&](int64_t bytes) { char* here = at; at += bytes; return here; };
     Table<D> t;
-    t.rows = reinterpret_cast<const T**>(take(tiles * plan.taps * plan.rows * 8));
+    t.rows = reinterpret_cast<const X**>(take(tiles * plan.taps * plan.rows * 8));
     t.dst = reinterpret_cast<D**>(take(tiles * plan.rows * 8));
     t.tap_count = reinterpret_cast<int64_t*>(take(tiles * 8));
     t.none = reinterpret_cast<int64_t*>(take(plan.taps * 8));
@@ -146,7 +147,7 @@ template <class S> struct Rows {
     return t;
   }
 
-  template <class D> void fill_table(const Table<D>& t, const T* src, D* dst, int64_t images, int64_t first_pixel, int64_t pixels) const {
+  template <class D> void fill_table(const Table<D>& t, const X* src, D* dst, int64_t images, int64_t first_pixel, int64_t pixels) const {
     Cursor at{plan.dst_h, plan.dst_w, plan.input_grad ? p.stride_h : 1, plan.input_grad ? p.stride_w : 1, plan.across_images ? images : 0, 0, 0, 0, 0, 0};
     at.seek(first_pixel);
     int64_t image_size = plan.staged_h * plan.staged_w * plan.src_c, row_size = plan.staged_w * plan.src_c;
@@ -156,7 +157,7 @@ template <class S> struct Rows {
     int64_t top = plan.merge_taps ? 0 : p.pad_top, left = plan.merge_taps ? 0 : p.pad_left;
     int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = plan.merge_taps ? 0 : (p.s - 1) * p.dilation_w;
     for (int64_t tile = 0; tile * MR < pixels; ++tile) {
-      const T** rows = t.rows + tile * plan.taps * MR;
+      const X** rows = t.rows + tile * plan.taps * MR;
       int64_t valid = min_of(MR, pixels - tile * MR);
       if (!plan.input_grad) {
         Cursor start = at;
@@ -165,7 +166,7 @@ template <class S> struct Rows {
           int64_t run = min_of(valid - m, plan.dst_w - at.w), step = p.stride_w * plan.src_c;
           int64_t y = at.h * p.stride_h - top, x = at.w * p.stride_w - left;
           clear &= y >= 0 && x >= 0 && y + reach_h < plan.staged_h && x + (run - 1) * p.stride_w + reach_w < plan.staged_w;
-          const T* from = src + at.image * image_size + y * row_size + x * plan.src_c;
+          const X* from = src + at.image * image_size + y * row_size + x * plan.src_c;
           D* to = place(tile * MR + m, at);
           for (int64_t j = 0; j < run; ++j, ++m, from += step, to += dst_step) rows[m] = from, t.dst[tile * MR + m] = to;
           if ((at.w += run) < plan.dst_w) continue;
@@ -182,7 +183,7 @@ template <class S> struct Rows {
       uint64_t used[4] = {};  // which taps have a row outside the padding; enough for 256 taps
       for (int64_t m = 0; m < valid; ++m, at.next()) {
         t.dst[tile * MR + m] = place(tile * MR + m, at);
-        const T* image = src + at.image * image_size;
+        const X* image = src + at.image * image_size;
         for (int64_t s = 0; s < p.s; ++s)
           t.across[s] = source(at.w, s, p.stride_w, p.pad_left, p.dilation_w, plan.src_w, plan.input_grad);
         for (int64_t r = 0; r < p.r; ++r) {
@@ -226,10 +227,10 @@ template <class S> struct Rows {
   // `dst`: the chunk's first pixel; not for blocks. `residual`: of dst's type and order, or null. `finish`: what is done when
   // a block is copied to the output.
   template <class D, class Finish = AsItIs>
-  void compute(const T* src, D* dst, const D* residual, bool relu, int64_t first_image, int64_t images, Finish finish = {}) const {
+  void compute(const X* src, D* dst, const D* residual, bool relu, int64_t first_image, int64_t images, Finish finish = {}) const {
     int64_t pixels = images * plan.dst_h * plan.dst_w, block_pixels = plan.tiles_per_block * plan.rows;
     int64_t blocks = ceil_div(pixels, block_pixels), columns = p.groups * plan.column_tiles;
-    RowsTileFn<T, D> kernel = rows_tile_for<T, D>(plan.vectors);
+    RowsTileFn<X, D> kernel = rows_tile_for<X, D>(plan.vectors);
     bool streamed = plan.stream && plan.group_columns % kLine<D> == 0 && width % kLine<D> == 0 && streamable(dst);
     parallel(pool, blocks * columns, [&](int64_t begin, int64_t end, int thread) {
       Table<D> table = table_of<D>(thread);
@@ -240,7 +241,7 @@ template <class S> struct Rows {
         int64_t first = block * block_pixels, count = min_of(block_pixels, pixels - first);
         if (block != in_table) fill_table(table, src, to, images, first, count);
         in_table = block;
-        RowsTile<T, D> tile;
+        RowsTile<X, D> tile;
         tile.depth = plan.depth;
         tile.chain = plan.chain;
         tile.row_offset = plan.merge_taps ? 0 : group * src_channels_of_group;
@@ -285,12 +286,12 @@ template <class S> struct Rows {
     pack();
     for (int64_t first = 0; first < plan.images; first += plan.images_per_chunk) {
       int64_t images = min_of(plan.images_per_chunk, plan.images - first);
-      const T* src = staged_src;
+      const X* src = staged_src;
       if (plan.stage_src)
         stage_images(pool, static_cast<const S*>(a.src), {plan.src_h, plan.src_w, plan.src_c, p.layout}, first, images,
                      plan.merge_taps ? p.pad_top : 0, plan.merge_taps ? p.pad_left : 0, plan.staged_h, plan.staged_w, staged_src);
       else
-        src = reinterpret_cast<const T*>(a.src) + first * plan.src_h * plan.src_w * plan.src_c;
+        src = reinterpret_cast<const X*>(a.src) + first * plan.src_h * plan.src_w * plan.src_c;
       if (plan.stage_dst) {
         with_residual<S>(a, [&](auto finish) {
           compute<T>(src, staged_dst, nullptr, a.relu && a.residual == nullptr, first, images, finish);
@@ -308,7 +309,10 @@ template <class S> struct Rows {
 }  // namespace
 
 void conv_rows(const ConvArgs& a, const Pool& pool) {
-  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Rows<S>(a, pool).run(); });
+#if defined(CONVKIT_DOTS)
+  if (a.plan.rows.dots) return Rows<bf16, bf16>(a, pool).run();
+#endif
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Rows<S, compute_t<S>>(a, pool).run(); });
 }
 
 }  // namespace convkit::cpu::CONVKIT_ISA

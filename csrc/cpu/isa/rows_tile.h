@@ -25,15 +25,16 @@ constexpr int kMaxTileRows = 14;
 // Steps of the depth a turn of the loop takes: enough that loop control and pointer loads hide behind the arithmetic.
 template <int NV> constexpr int kDepthUnroll = NV == 1 ? 4 : NV == 4 ? 1 : 2;
 
-template <class T, class S> struct RowsTile {
-  const T* const* rows;   // [taps][MR], or [MR] for all taps with rows_step 0
+template <class X, class S> struct RowsTile {
+  using T = compute_t<X>;
+  const X* const* rows;   // [taps][MR], or [MR] for all taps with rows_step 0
   int64_t rows_step;
   const int64_t* offsets; // added to the pointers of each tap
   const int32_t* taps;    // which tap's weights each group of MR pointers meets
   int64_t tap_count, depth;
   int64_t chain;          // products summed before they are added to a total
   int64_t row_offset;     // added to every pointer: the group's first channel
-  const T* panel;         // [tap][depth][NV * lanes]
+  const X* panel;         // [tap][depth][NV * lanes]; of bf16 [tap][depth / 2][NV * lanes][2], zero beyond an odd depth
   int64_t ahead = 0;      // where the next tile reads, in elements from this one's first row: fetched meanwhile
   S* const* dst;          // [MR]
   int64_t dst_offset;
@@ -47,8 +48,11 @@ template <class T, class S> struct RowsTile {
   bool streamed;          // write past the caches: every dst + dst_offset is aligned, and columns are whole vectors
 };
 
-template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_tile(const RowsTile<T, S>& a) {
-  constexpr int L = kLanes<T>, U = kDepthUnroll<NV>;
+// X: the operands' type, float, double or, where there are products of it, bf16.
+template <class X, class S, int MR, int NV> __attribute__((noinline)) void rows_tile(const RowsTile<X, S>& a) {
+  using T = compute_t<X>;
+  using O = Operand<X>;
+  constexpr int L = kLanes<T>, G = O::kDepth, U = kDepthUnroll<NV>;
   vec<T> acc[MR][NV], total[MR][NV];
   CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
     CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vec<T>{};
@@ -56,10 +60,10 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
   int64_t chain = 0;  // products in acc
   bool carried = false;  // total holds earlier chains
   for (int64_t t = 0; t < a.tap_count; ++t) {
-    const T* row[MR];
+    const X* row[MR];
     int64_t offset = a.offsets[t] + a.row_offset;
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) row[m] = a.rows[t * a.rows_step + m] + offset;
-    const T* w = a.panel + a.taps[t] * a.depth * (NV * L);
+    const X* w = a.panel + a.taps[t] * whole_steps<X>(a.depth) * (NV * L);
     for (int64_t d = 0; d < a.depth;) {
       int64_t piece = min_of(a.chain, a.depth - d), end = d + piece;
       if (chain + piece > a.chain && chain > 0) {
@@ -72,24 +76,33 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
         chain = 0;
       }
       chain += piece;
-      const T* next = row[0] + a.ahead + d * MR;
-      for (; d + U <= end; d += U, w += U * NV * L, next += U * MR) {
+      const X* next = row[0] + a.ahead + d * MR;
+      for (; d + U * G <= end; d += U * G, w += U * G * NV * L, next += U * G * MR) {
         __builtin_prefetch(next);
         vec<T> weights[U][NV];
         CONVKIT_UNROLL for (int u = 0; u < U; ++u)
-          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = load(w + (u * NV + v) * L);
+          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = O::columns(w + (u * NV + v) * L * G);
         CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
           CONVKIT_UNROLL for (int u = 0; u < U; ++u) {
-            vec<T> x = broadcast(row[m][d + u]);
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * weights[u][v];
+            vec<T> x = O::row(row[m] + d + u * G);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, weights[u][v]);
           }
       }
       if constexpr (U > 1) {
-        for (; d < end; ++d, w += NV * L)
+        for (; d + G <= end; d += G, w += G * NV * L)
           CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-            vec<T> x = broadcast(row[m][d]);
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] += x * load(w + v * L);
+            vec<T> x = O::row(row[m] + d);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, O::columns(w + v * L * G));
           }
+      }
+      if constexpr (G > 1) {
+        if (d < end) {
+          CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
+            vec<T> x = O::last_of_odd(row[m] + d);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, O::columns(w + v * L * G));
+          }
+          d = end;
+        }
       }
     }
   }
@@ -163,14 +176,14 @@ template <class T, class S, int MR, int NV> __attribute__((noinline)) void rows_
 }
 
 // The tile for a number of vectors; its rows are kTileRows[vectors].
-template <class T, class S> using RowsTileFn = void (*)(const RowsTile<T, S>&);
-template <class T, class S> RowsTileFn<T, S> rows_tile_for(int vectors) {
+template <class X, class S> using RowsTileFn = void (*)(const RowsTile<X, S>&);
+template <class X, class S> RowsTileFn<X, S> rows_tile_for(int vectors) {
   switch (vectors) {
-    case 1: return rows_tile<T, S, kTileRows[1], 1>;
-    case 2: return rows_tile<T, S, kTileRows[2], 2>;
+    case 1: return rows_tile<X, S, kTileRows[1], 1>;
+    case 2: return rows_tile<X, S, kTileRows[2], 2>;
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 3: return rows_tile<T, S, kTileRows[3], 3>;
-    case 4: return rows_tile<T, S, kTileRows[4], 4>;
+    case 3: return rows_tile<X, S, kTileRows[3], 3>;
+    case 4: return rows_tile<X, S, kTileRows[4], 4>;
 #endif
   }
   return nullptr;
@@ -178,21 +191,50 @@ template <class T, class S> RowsTileFn<T, S> rows_tile_for(int vectors) {
 
 // Weights as the tile reads them: panel[tap][depth][columns], zero beyond the last column. Strides are the source's, in
 // elements, of which `source` gives the first weight of (tap, depth step); depth_stride 0 where steps are not evenly apart.
-template <class S, class Source>
-CONVKIT_INLINE void pack_panel(compute_t<S>* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth,
+template <class X, class Source> requires(Operand<X>::kDepth == 1)
+CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth,
                                int64_t width, int64_t columns, int64_t column_stride, int64_t depth_stride, Source&& source) {
   bool across = depth_stride == 1 && column_stride != 1;
   for (int64_t t = 0; across && t < taps; ++t)
     transpose_block(source(t, depth_begin), column_stride, panel + (t * depth + depth_begin) * width, width, columns, depth_end - depth_begin);
   for (int64_t d = depth_begin; d < depth_end; ++d)
     for (int64_t t = 0; t < taps; ++t) {
-      const S* from = source(t, d);
-      compute_t<S>* to = panel + (t * depth + d) * width;
+      auto from = source(t, d);
+      X* to = panel + (t * depth + d) * width;
       if (column_stride == 1) copy_values(from, to, columns);
       else
         for (int64_t j = 0; !across && j < columns; ++j) to[j] = get(from + j * column_stride);
       for (int64_t j = columns; j < width; ++j) to[j] = 0;
     }
 }
+
+#if defined(CONVKIT_DOTS)
+// The same of pairs: panel[tap][depth / 2][columns][2]. Pieces of the depth begin at even steps.
+template <class X, class Source> requires(Operand<X>::kDepth == 2)
+CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth,
+                               int64_t width, int64_t columns, int64_t column_stride, int64_t depth_stride, Source&& source) {
+  float* pairs = reinterpret_cast<float*>(panel);
+  // Neighbours along the depth are pairs where they lie.
+  bool across = depth_stride == 1 && column_stride != 1 && column_stride % 2 == 0 && depth_end % 2 == 0;
+  int64_t steps = whole_steps<X>(depth) / 2;
+  for (int64_t t = 0; t < taps; ++t) {
+    float* to = pairs + (t * steps + depth_begin / 2) * width;
+    if (across) transpose_block(reinterpret_cast<const float*>(source(t, depth_begin)), column_stride / 2, to, width, columns, (depth_end - depth_begin) / 2);
+    for (int64_t d = depth_begin; d < depth_end; d += 2, to += width) {
+      if (!across) {
+        const X *first = source(t, d), *second = d + 1 < depth_end ? source(t, d + 1) : nullptr;
+        int64_t j = 0;
+        if (second != nullptr && column_stride == 1)
+          copy_values(Pairs{first, second - first}, to, columns), j = columns;
+        for (; j < columns; ++j) {
+          X pair[2] = {first[j * column_stride], second == nullptr ? X{} : second[j * column_stride]};
+          std::memcpy(to + j, pair, sizeof pair);
+        }
+      }
+      fill_zero(to + columns, width - columns);
+    }
+  }
+}
+#endif
 
 }  // namespace convkit::cpu::CONVKIT_ISA

@@ -1,5 +1,6 @@
-// Copies between a tensor as the caller stores it and a channels-last block in the arithmetic's type, which is what the
-// kernels read and write. This is where layouts and 16-bit types are dealt with, once.
+// Copies between a tensor as the caller stores it and a channels-last block in the arithmetic's type, or of what its
+// products take (Operand), which is what the kernels read and write. This is where layouts and 16-bit types are dealt with,
+// once. What is copied from is a pointer, or Pairs.
 #pragma once
 
 #include "../../arguments.h"
@@ -39,15 +40,15 @@ template <class S> CONVKIT_INLINE compute_t<S> bias_of(const convkit::ConvArgs& 
 
 // to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, a square of vectors at a time, in registers.
 // `streamed`: whole vectors of `to` are written past the caches; it and to_stride are aligned then.
-template <class S, class D, class Finish = AsItIs>
-CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns,
+template <class From, class D, class Finish = AsItIs>
+CONVKIT_INLINE void transpose_block(From from, int64_t from_stride, D* to, int64_t to_stride, int64_t rows, int64_t columns,
                                     bool streamed = false, Finish finish = {}) {
-  using T = compute_t<S>;
+  using T = value_t<From>;
   constexpr int L = kLanes<T>;
   for (int64_t j = 0; j < columns; j += L)
     for (int64_t i = 0; i < rows; i += L) {
       int ni = int(min_of<int64_t>(L, rows - i)), nj = int(min_of<int64_t>(L, columns - j));
-      const S* line = from + i * from_stride + j;
+      From line = from + (i * from_stride + j);
       D* out = to + j * to_stride + i;
       vec<T> square[L];
       if (ni == L && nj == L) {
@@ -69,8 +70,12 @@ CONVKIT_INLINE void transpose_block(const S* from, int64_t from_stride, D* to, i
     }
 }
 
-template <class A, class B, class Finish = AsItIs> CONVKIT_INLINE void copy_values(const A* from, B* to, int64_t n, Finish finish = {}) {
-  constexpr int L = kLanes<compute_t<A>>;
+template <class From, class D, class Finish = AsItIs> CONVKIT_INLINE void copy_values(From from, D* to, int64_t n, Finish finish = {}) {
+  if constexpr (sizeof(D) == 2 && std::is_convertible_v<From, const D*> && std::is_same_v<Finish, AsItIs>) {
+    std::memcpy(to, from, n * sizeof(D));
+    return;
+  }
+  constexpr int L = kLanes<value_t<From>>;
   int64_t j = 0;
   for (; j + L <= n; j += L) store(to + j, finish(load(from + j), to + j, L));
   if (j < n) store_n(to + j, finish(load_n(from + j, int(n - j)), to + j, int(n - j)), int(n - j));
@@ -88,8 +93,8 @@ template <int kChannels, int C, class V, int... I> CONVKIT_INLINE V without_spar
 // to[j * kChannels + i] = from[i * plane + j], j < pixels: the transpose of few planes, in which a vector of the result
 // holds several pixels. With C planes, the next power of two, log2(C) of a square's steps are left of it, once lane n of a
 // plane holds the pixel that goes to vector n % C.
-template <int kChannels, class S> __attribute__((noinline)) void interleave(const S* from, int64_t plane, compute_t<S>* to, int64_t pixels) {
-  using T = compute_t<S>;
+template <int kChannels, class From, class D> __attribute__((noinline)) void interleave(From from, int64_t plane, D* to, int64_t pixels) {
+  using T = value_t<From>;
   constexpr int L = kLanes<T>, C = kChannels == 3 ? 4 : kChannels;
   if constexpr (C >= L) transpose_block(from, plane, to, kChannels, kChannels, pixels);
   else {
@@ -99,11 +104,11 @@ template <int kChannels, class S> __attribute__((noinline)) void interleave(cons
       int n = int(min_of<int64_t>(L, pixels - j));
       vec<T> row[C] = {};
       CONVKIT_UNROLL for (int i = 0; i < kChannels; ++i)
-        row[i] = strided_lanes<C>(n == L ? load(from + i * plane + j) : load_n(from + i * plane + j, n), kLane);
+        row[i] = strided_lanes<C>(n == L ? load(from + (i * plane + j)) : load_n(from + (i * plane + j), n), kLane);
       transpose_steps<1, C>(row);
       CONVKIT_UNROLL for (int v = 0; v < C; ++v) {
         int values = min_of(kPixels, n - v * kPixels) * kChannels;
-        T* out = to + (j + v * kPixels) * kChannels;
+        D* out = to + (j + v * kPixels) * kChannels;
         if (values == L) store(out, row[v]);
         else if (values > 0) store_n(out, without_spare_lanes<kChannels, C>(row[v], kLane), values);
       }
@@ -113,11 +118,11 @@ template <int kChannels, class S> __attribute__((noinline)) void interleave(cons
 
 // Pixels [first, first + pixels) of an image of `hw` pixels and c channels, channels [channel, channel + channels) of
 // them -> channels-last, `pixel_stride` elements from pixel to pixel.
-template <class S>
-CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int64_t c, int64_t first, int64_t pixels,
-                                 int64_t channel, int64_t channels, compute_t<S>* to, int64_t pixel_stride) {
+template <class From, class D>
+CONVKIT_INLINE void stage_pixels(From image, Layout layout, int64_t hw, int64_t c, int64_t first, int64_t pixels,
+                                 int64_t channel, int64_t channels, D* to, int64_t pixel_stride) {
   if (layout == Layout::nchw) {
-    const S* planes = image + channel * hw + first;
+    From planes = image + (channel * hw + first);
     if (pixel_stride != channels) return transpose_block(planes, hw, to, pixel_stride, channels, pixels);
     switch (channels) {
       case 1: return copy_values(planes, to, pixels);
@@ -128,9 +133,9 @@ CONVKIT_INLINE void stage_pixels(const S* image, Layout layout, int64_t hw, int6
       default: return transpose_block(planes, hw, to, pixel_stride, channels, pixels);
     }
   }
-  const S* from = image + first * c + channel;
+  From from = image + (first * c + channel);
   if (channels == c && pixel_stride == c) return copy_values(from, to, pixels * c);
-  for (int64_t i = 0; i < pixels; ++i, from += c, to += pixel_stride) copy_values(from, to, channels);
+  for (int64_t i = 0; i < pixels; ++i, from = from + c, to += pixel_stride) copy_values(from, to, channels);
 }
 
 // The inverse.
@@ -155,9 +160,8 @@ constexpr int64_t kPixelsPerTask = 256;
 // Channels [channel, channel + channels) of row `row` of an image -> a channels-last row of staged_w pixels of which pixel
 // `left` is the image's first; zero around it, and zero all over where the image has no such row. A staged row may end before
 // the image does, where no tap reaches.
-template <class S>
-CONVKIT_INLINE void stage_row(const S* src, Image image, int64_t row, int64_t left, int64_t staged_w, int64_t channel, int64_t channels,
-                              compute_t<S>* to) {
+template <class From, class D>
+CONVKIT_INLINE void stage_row(From src, Image image, int64_t row, int64_t left, int64_t staged_w, int64_t channel, int64_t channels, D* to) {
   int64_t columns = max_of<int64_t>(0, min_of(image.w, staged_w - left));
   if (row < 0 || row >= image.h || columns == 0) return fill_zero(to, staged_w * channels);
   fill_zero(to, left * channels);
@@ -167,9 +171,9 @@ CONVKIT_INLINE void stage_row(const S* src, Image image, int64_t row, int64_t le
 
 // Images [first, first + images) -> channels-last images of staged_h x staged_w pixels whose pixel (top, left) is the
 // source's first; zero around it.
-template <class S>
+template <class S, class D>
 void stage_images(const Pool& pool, const S* src, Image image, int64_t first, int64_t images, int64_t top, int64_t left,
-                  int64_t staged_h, int64_t staged_w, compute_t<S>* staged) {
+                  int64_t staged_h, int64_t staged_w, D* staged) {
   int64_t hw = image.h * image.w;
   src += first * hw * image.c;
   if (staged_h == image.h && staged_w == image.w && top == 0 && left == 0) {

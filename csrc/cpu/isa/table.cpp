@@ -41,7 +41,7 @@ void conv(const ConvArgs& a, Pass pass, const Pool& pool) {
 
 extern const Kernels table;
 const Kernels table = {
-    {CONVKIT_STRING(CONVKIT_ISA), kVectorBytes, 0, 0, {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3], kTileRows[4]}},
+    {CONVKIT_STRING(CONVKIT_ISA), false, kVectorBytes, 0, 0, {kTileRows[0], kTileRows[1], kTileRows[2], kTileRows[3], kTileRows[4]}},
     conv, separable_workspace, separable, channel_workspace, channel_sum, batch_norm_relu, batch_norm_relu_grad, im2col, col2im,
     max_pool_workspace, max_pool, max_pool_grad, max_pool_pick,
 };

@@ -51,7 +51,7 @@ template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 template <class T> CONVKIT_INLINE constexpr T min_of(T a, T b) { return b < a ? b : a; }
 template <class T> CONVKIT_INLINE constexpr T max_of(T a, T b) { return a < b ? b : a; }
-CONVKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CONVKIT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CONVKIT_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 // x - 0 keeps every value, -0 and NaN included, so that the compiler turns this into a plain broadcast.
@@ -314,6 +314,62 @@ template <class S> CONVKIT_INLINE void store_n(S* p, vec<compute_t<S>> v, int n)
   CONVKIT_UNROLL for (int i = 0; i < kLanes<compute_t<S>>; ++i)
     if (i < n) p[i] = buffer[i];
 }
+
+// ---- two values side by side ----------------------------------------------------------------------------------------
+
+// What a product takes: its operands' type, how many neighbours along the depth one step of it takes, and the step.
+template <class X> struct Operand {
+  using T = compute_t<X>;
+  static constexpr int kDepth = 1;
+  static CONVKIT_INLINE vec<T> columns(const X* p) { return load(p); }
+  static CONVKIT_INLINE vec<T> row(const X* p) { return broadcast(*p); }
+  static CONVKIT_INLINE vec<T> multiply_add(vec<T> sum, vec<T> x, vec<T> w) { return sum + x * w; }
+};
+
+// Two bf16 values of two tensors, or planes, side by side in the four bytes of a float, which is moved and never computed
+// with: what copies are made of whose products are sums of two.
+struct Pairs {
+  const bf16* first;
+  int64_t second;  // from the first to the second
+  CONVKIT_INLINE Pairs operator+(int64_t n) const { return {first + n, second}; }
+};
+
+// Type of the values that are loaded from there.
+template <class From> using value_t = decltype(get(std::declval<From>()));
+
+#if defined(__AVX512BF16__)
+#define CONVKIT_DOTS 1
+CONVKIT_INLINE vec<float> side_by_side(half_bits first, half_bits second) {
+  return (vec<float>)(__builtin_convertvector(first, word_bits) | __builtin_convertvector(second, word_bits) << 16);
+}
+CONVKIT_INLINE float get(Pairs p) { return from_bits(uint32_t(p.first->bits) | uint32_t(p.first[p.second].bits) << 16); }
+CONVKIT_INLINE vec<float> load(Pairs p) {
+  half_bits h[2];
+  std::memcpy(&h[0], p.first, sizeof h[0]), std::memcpy(&h[1], p.first + p.second, sizeof h[1]);
+  return side_by_side(h[0], h[1]);
+}
+CONVKIT_INLINE vec<float> load_n(Pairs p, int n) {
+  __mmask16 lanes = __mmask16((1u << n) - 1);
+  return side_by_side((half_bits)_mm256_maskz_loadu_epi16(lanes, p.first), (half_bits)_mm256_maskz_loadu_epi16(lanes, p.first + p.second));
+}
+
+// bf16 as it is stored: AVX512-BF16 adds two products to each sum, rounding each time as a multiply-add of float32 does, and
+// taking numbers below 2^-126 for zeros.
+template <> struct Operand<bf16> {
+  using T = float;
+  static constexpr int kDepth = 2;
+  static CONVKIT_INLINE vec<T> columns(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+  static CONVKIT_INLINE vec<T> row(const bf16* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return (vec<T>)_mm512_set1_epi32(pair);
+  }
+  static CONVKIT_INLINE vec<T> last_of_odd(const bf16* p) { return (vec<T>)_mm512_set1_epi32(p->bits); }
+  static CONVKIT_INLINE vec<T> multiply_add(vec<T> sum, vec<T> x, vec<T> w) { return (vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+};
+#endif
+// Values along a depth that its steps take, zeros at the end included.
+template <class X> CONVKIT_INLINE constexpr int64_t whole_steps(int64_t depth) { return ceil_div(depth, Operand<X>::kDepth) * Operand<X>::kDepth; }
 
 // Calls f(Tag<S>) with the stored type that `dtype` names: the one place where dtypes become templates.
 template <class S> struct Tag {};
