@@ -31,7 +31,8 @@ def test_numeric(isa: str):
     tests = [str(Path(__file__).with_name(name)) for name in ("test_numeric.py", "test_winograd.py")]
     # Those two differ in the products of bfloat16 alone.
     bf16_apart = {isa, _C.isa()} == {"avx512", "avx512_bf16"}
-    options = ("-k", "not cuda" + (" and (conv2d or layouts) and not separable" if bf16_apart else ""), "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+    chosen = "not cuda and (conv2d or layouts) and not separable" if bf16_apart else "not cuda"
+    options = ("-k", chosen, "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider")
     done = run(isa, "-m", "pytest", *tests, *options)
     assert done.returncode == 0, f"CONVKIT_ISA={isa}\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
 
@@ -46,7 +47,8 @@ def test_the_variable_chooses(isa: str):
 def test_bf16_is_multiplied_in_pairs(isa: str):
     """By every kernel of dense convolutions, for a problem of the table at least; and where it is slow, by none."""
     done = run(isa, "-c", PLANS)
-    assert done.stdout.split() == (["outer", "planes", "pointwise", "rows"] if isa == "avx512_bf16" else []), done.stderr
+    right = ["outer", "planes", "pointwise", "rows"] if isa == "avx512_bf16" else []
+    assert done.stdout.split() == right, done.stderr
 
 
 PLANS = """
