@@ -289,7 +289,7 @@ template <class S> struct Passes {
   template <int KS, int KA, int N, class Start, class Term, class Finish, class Apply>
   void run(bool sums, bool second, bool streamed, Start&& start, Term&& term, Finish&& finish, Apply&& apply) const {
     // A single pass over lines of one channel each needs no more than its values.
-    bool broadcast = view.kind == View::planes || (!sums && s.hw % (sizeof(S) == 2 ? 32 : 16) == 0);
+    bool broadcast = view.kind == View::planes || (!sums && s.hw >= 64 && s.hw % (sizeof(S) == 2 ? 32 : 16) == 0);
     if (view.kind == View::pixels) run_pixels<KS, KA, N>(sums, second, start, term, finish, apply);
     else if (!broadcast) run_images<KS, KA, N>(sums, second, start, term, finish, apply);
     else run_planes<KS, KA, N>(sums, second, streamed, start, term, finish, apply);
@@ -326,9 +326,11 @@ template <class S> struct Passes {
     int64_t block = ceil_div(kBlockBytes, s.c * int64_t(sizeof(S)));
     LaneValues<T, KA> all{values, step};
     parallel(pool, ceil_div(view.count, block), [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = end; i-- > begin;)
+      for (int64_t j = begin; j < end; ++j) {
+        int64_t i = sums ? begin + end - 1 - j : j;
         for (int64_t row = i * block; row < min_of(view.count, (i + 1) * block); ++row)
           each_vector<S, KA>(row, row * s.c, 0, s.c, 0, kAheadBytes / sizeof(S), all, apply);
+      }
       fence();
     });
   }
