@@ -48,6 +48,14 @@ template <class X, class S> struct RowsTile {
   bool streamed;          // write past the caches: every dst + dst_offset is aligned, and columns are whole vectors
 };
 
+// Rounds to what is stored. Where products take numbers below 2^-126 for zeros, so does this: one instruction for six.
+template <class X, class S> CONVKIT_INLINE half_bits narrow_sum(vec<float> v) {
+#if defined(CONVKIT_DOTS)
+  if constexpr (std::is_same_v<X, bf16> && std::is_same_v<S, bf16>) return (half_bits)_mm512_cvtneps_pbh((__m512)v);
+#endif
+  return narrow<S>(v);
+}
+
 // X: the operands' type, float, double or, where there are products of it, bf16.
 template <class X, class S, int MR, int NV> __attribute__((noinline)) void rows_tile(const RowsTile<X, S>& a) {
   using T = compute_t<X>;
@@ -151,7 +159,7 @@ template <class X, class S, int MR, int NV> __attribute__((noinline)) void rows_
       CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
         if (v * L >= a.columns) break;
         if constexpr (sizeof(S) == sizeof(T)) stream(out + v * L, acc[m][v]);
-        else if (v % 2 == 1) stream(out + (v - 1) * L, narrow<S>(acc[m][v - 1]), narrow<S>(acc[m][v]));
+        else if (v % 2 == 1) stream(out + (v - 1) * L, narrow_sum<X, S>(acc[m][v - 1]), narrow_sum<X, S>(acc[m][v]));
       }
     }
     return;
@@ -160,7 +168,14 @@ template <class X, class S, int MR, int NV> __attribute__((noinline)) void rows_
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
       if (m == a.valid_rows) break;
       S* out = a.dst[m] + a.dst_offset;
-      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) store(out + v * L, acc[m][v]);
+      CONVKIT_UNROLL for (int v = 0; v < NV; ++v) {
+        if constexpr (sizeof(S) == sizeof(T)) {
+          store(out + v * L, acc[m][v]);
+        } else {
+          half_bits h = narrow_sum<X, S>(acc[m][v]);
+          std::memcpy(out + v * L, &h, sizeof h);
+        }
+      }
     }
   } else {
     CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
