@@ -39,7 +39,7 @@ const char* isa();
 // What plans are made from: the table in force, this machine's caches, and the threads that the caller has.
 CpuFacts cpu_facts(int threads);
 
-// Instruction sets compiled in / usable on this machine, separated by spaces, best first.
+// Instruction sets compiled in / usable on this machine, separated by spaces, the most capable first.
 const char* compiled_isas();
 const char* available_isas();
 

@@ -158,7 +158,7 @@ PYBIND11_MODULE(_C, m) {
   convkit::cpu::kernels();  // an impossible CONVKIT_ISA is an error now, not at the first call
   convkit::winograd_switch();  // and so is CONVKIT_WINOGRAD
   m.def("isa", [] { return std::string(convkit::cpu::isa()); }, "The instruction set in force.");
-  m.def("available_isas", [] { return convkit::words(convkit::cpu::available_isas()); }, "Instruction sets usable on this machine, best first.");
+  m.def("available_isas", [] { return convkit::words(convkit::cpu::available_isas()); }, "Instruction sets usable on this machine, the most capable first; isa() is the fastest of them, or CONVKIT_ISA.");
   m.def("winograd", [] { return int(convkit::winograd_switch().load()); }, "When Winograd's method is used: see set_winograd.");
   m.def("set_winograd", [](int when) { return int(convkit::winograd_switch().exchange(convkit::Winograd(when))); }, py::arg("when"),
         "0: never, 1: where it is faster, 2: wherever it is possible (for tests). Returns what held before.");

@@ -830,7 +830,9 @@ def assert_pools_alike(model: nn.Module, reference: nn.Module) -> None:
         assert_same_behaviour(model, reference, images(seed=seed))
     x = images(torch.float32)
     assert_close(model.float()(x), reference.float()(x), torch.float32)
-    assert torch.equal(model.double()(images()[0]), reference.double()(images()[0]))
+    exact = copy.deepcopy(reference.double())
+    exact.conv = model.double().conv  # PyTorch's rounds differently from machine to machine; the pools don't round
+    assert torch.equal(model(images()[0]), exact(images()[0]))
 
 
 @pytest.mark.parametrize(("end", "expected"), POOLED.values(), ids=POOLED)
@@ -892,6 +894,7 @@ def test_a_pool_in_a_sequential_follows_what_changes():
     assert row(report, "2").replaced_by == "convkit.nn.MaxPool2d, with ReLU in the model's forward"
     assert row(report, "3").replaced_by == "convkit.nn.MaxPool2d"
     assert "fused: 2 + 1" in model.extra_repr()
+    reference[0] = model[0]  # what follows is exact, but for two convolutions
     for change in (
         lambda m: setattr(m[2], "stride", 1),
         lambda m: setattr(m[2], "ceil_mode", True),

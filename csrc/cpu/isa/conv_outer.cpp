@@ -54,7 +54,7 @@ template <class T> struct OuterTile {
   int64_t ahead_step;
 };
 
-// kPairs: values are pairs of bf16, of two pixels, and T is float.
+// kPairs: what lies in a float is a pair of bf16, of two pixels.
 template <class T, bool kPairs, int MR, int NV> __attribute__((noinline)) void outer_tile(const OuterTile<T>& a) {
   using X = std::conditional_t<kPairs, bf16, T>;
   using O = Operand<X>;
