@@ -50,6 +50,8 @@ constexpr int64_t kPlanesBytes = 768 << 10;
 constexpr int64_t kFewChannels = 16;
 // The panels of pixels of a task of a 1x1 convolution: a quarter of a 2 MiB second-level cache.
 constexpr int64_t kPointwiseBytes = 512 << 10;
+// The copy of a line of channels of a grouped task: stays in the second-level cache with what is read ahead.
+constexpr int64_t kGroupedBytes = 256 << 10;
 // Winograd: tiles between two looks at the sums of a weight gradient.
 constexpr int64_t kWinogradTiles = 32;
 // Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
@@ -220,6 +222,44 @@ PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   b.chain = pick_chain(a.dtype, depth, b.dots);
   b.weights = ws.take((dst_c * depth + 2 * dst_c + rows) * element);
   b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
+  b.scratch = ws.take(f.threads * b.scratch_bytes);
+  return b;
+}
+
+// Lines of 64 bytes, whatever the instruction set, and whole groups.
+int64_t grouped_channels(const ConvProblem& a) { return std::max(64 / compute_bytes(a.dtype), a.c / a.groups); }
+
+// Groups whose channels a vector holds one or more of, or that are few vectors; see conv_grouped.
+bool use_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f) {
+  int64_t width = a.c / a.groups;
+  if (a.layout != Layout::nhwc || a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16) || multiplies_pairs(a, f)) return false;
+  if (a.s != 3 || a.stride_h != 1 || a.stride_w != 1 || a.dilation_w != 1 || a.pad_left > 2) return false;
+  int64_t top = pass == Pass::input_grad ? a.dilation_h * (a.r - 1) - a.pad_top : a.pad_top;
+  return a.c % grouped_channels(a) == 0 && std::abs(top) <= 64 + a.h && a.dilation_h * (a.r - 1) <= 64 + a.h;
+}
+
+GroupedPlan plan_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
+  GroupedPlan b{};
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element, reach = a.dilation_h * (a.r - 1);
+  b.input_grad = pass == Pass::input_grad;
+  b.channels = grouped_channels(a);
+  int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q;
+  b.top = b.input_grad ? reach - a.pad_top : a.pad_top, b.left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  int64_t outputs = 0;
+  for (int64_t tile : {14, 8, 7, 4}) {
+    // Sixteen registers hold the sums of 8 pixels.
+    if (tile == 14 && f.rows_for_vectors[4] == 0) continue;
+    int64_t all = ceil_div(dst_w, tile) * tile;
+    if (b.tile == 0 || all < outputs) b.tile = tile, outputs = all;
+  }
+  b.columns = outputs + 2;
+  auto bytes = [&](int64_t rows) { return (rows + reach) * b.columns * b.channels * element; };
+  b.rows_per_task = dst_h;
+  while (b.rows_per_task > 1 && (bytes(b.rows_per_task) > kGroupedBytes || a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads)) b.rows_per_task = ceil_div(b.rows_per_task, 2);
+  b.rows = b.rows_per_task + reach;
+  b.stream = streams(a.n * a.c * dst_h * dst_w * storage_bytes(a.dtype), f);
+  b.weights = ws.take(ceil_div(a.c, lanes) * lanes * a.r * (a.c / a.groups) * 3 * element);
+  b.scratch_bytes = ceil_div(bytes(b.rows_per_task) + outputs * b.channels * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -444,6 +484,9 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   } else if (use_pointwise(a, pass)) {
     plan.kernel = ConvKernel::pointwise;
     plan.pointwise = plan_pointwise(a, pass, f, ws);
+  } else if (use_grouped(a, pass, f)) {
+    plan.kernel = ConvKernel::grouped;
+    plan.grouped = plan_grouped(a, pass, f, ws);
   } else if (use_planes(a, pass, f)) {
     plan.kernel = ConvKernel::planes;
     plan.planes = plan_planes(a, pass, f, ws);
@@ -476,6 +519,11 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::pointwise: {
       out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task" + (plan.pointwise.dots ? ", channels in pairs" : "");
+      break;
+    }
+    case ConvKernel::grouped: {
+      const GroupedPlan& b = plan.grouped;
+      out += "grouped_" + std::string(f.isa) + "_" + num(b.tile) + "x" + num(lanes) + ", " + num(b.channels) + " channels x " + num(b.rows_per_task) + " rows a task" + (b.stream ? ", streamed" : "");
       break;
     }
     case ConvKernel::outer: {

@@ -18,7 +18,7 @@ struct CpuFacts {
   int rows_for_vectors[5];
 };
 
-enum class ConvKernel { rows, planes, pointwise, outer, depthwise, winograd };
+enum class ConvKernel { rows, planes, pointwise, grouped, outer, depthwise, winograd };
 
 // Output channels of a register tile whose lanes are pixels, and of a group up to which they are.
 constexpr int kPlanesChannels = 8;
@@ -76,6 +76,19 @@ struct PointwisePlan {
   int64_t chain;            // products summed before they are added to a total
   Piece weights, scratch;
   int64_t scratch_bytes;    // of one thread
+};
+
+// Forward and input gradient, groups of few channels to as many, channels last: vectors of channels, of one or more groups.
+struct GroupedPlan {
+  bool input_grad;
+  int64_t channels;         // copied together: whole lines and whole groups
+  int64_t tile;             // pixels of a register tile
+  int64_t top, left;        // rows and columns of zeros before the first of the source
+  int64_t rows_per_task;    // of the output
+  int64_t rows, columns;    // of the copy
+  bool stream;              // write past the caches
+  Piece weights, scratch;
+  int64_t scratch_bytes;    // of one thread: the copy, and a row of outputs
 };
 
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of
@@ -147,6 +160,7 @@ struct ConvPlan {
   RowsPlan rows;
   PlanesPlan planes;
   PointwisePlan pointwise;
+  GroupedPlan grouped;
   OuterPlan outer;
   DepthwisePlan depthwise;
   WinogradPlan winograd;

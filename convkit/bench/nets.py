@@ -10,11 +10,13 @@ import copy
 import ctypes
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ from convkit.bench.timing import Arena, carve, carved_elements, short
 __all__ = ["NET_PEERS", "build", "factory", "peak_bytes", "prepare"]
 
 NET_PEERS = ("torch", "compile")
+
+aten = torch.ops.aten
 
 # So small that a network never learns its batches by heart: the gradients of one that has are denormal numbers, with
 # which a CPU counts ten times slower, whatever the kernels.
@@ -112,9 +116,7 @@ def prepare(
             optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE) if pass_ == "training" else None
             batches = [carve(stretch, [net.shape], layout == "nhwc")[0] for stretch in stretches]
             if who == "torch" and not flops:
-                with FlopCounterMode(display=False) as counter:
-                    step(model, optimizer, batches[0])
-                flops = counter.get_total_flops()
+                flops = count_flops(partial(step, model, optimizer, batches[0]))
             if who == "compile":
                 torch._dynamo.reset()
                 model = torch.compile(model, dynamic=False)
@@ -124,6 +126,31 @@ def prepare(
         except Exception as error:
             steps[key] = Failure(short(error))
     return steps, errors, flops
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of PyTorch's convolutions and matrix products in a step."""
+    with FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _backward_flops}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _backward_flops(
+    grad: Sequence[int],
+    input: Sequence[int],
+    weight: Sequence[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    out_shape: Any = None,
+) -> int:
+    """As many a gradient as the convolution itself has. The counter's own formula takes grouped ones for dense."""
+    return 2 * math.prod(input if transposed else grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
 def _error(model: nn.Module, original: nn.Module, step: Callable[[Tensor], Tensor], images: Tensor) -> float:

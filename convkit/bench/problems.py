@@ -487,6 +487,17 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n1c12h5w5k6r3s3u2p1g6",
         "n1c12h7w7k12r3s3p2d2g4",
         "n1c6h5w5k12r2s2p0x1x1x0g2",
+        # groups of 4, 8, 16 channels to as many: pixels around tiles, a vector's groups, and what other kernels take
+        *(f"n1c32h3w{w}k32r3s3p1g{g}" for g in (8, 4, 2) for w in (3, 7, 8, 14)),
+        "n1c16h3w29k16r3s3p1g4",
+        "n2c48h4w6k48r3s3p1g6",
+        "n1c48h4w1k48r3s3p1g3",
+        *(f"n1c32h7w6k32r3s3p{p}g4" for p in ("0", "2", "0x1x2x0", "5x1")),
+        "n1c32h11w5k32r5s3p4x1d2x1g4",
+        "n2c32h5w4k32r1s3p0x1g2",
+        "n3c16h19w8k16r3s3p1g4",
+        "n1c20h5w6k20r3s3p1g5",
+        "n1c32h6w9k32r3s3u1x2p1g4",
         # depthwise: channels around vectors, then multiplier, filter, stride, dilation, padding
         *(f"n2c{c}h5w6k{c}r3s3p1g{c}" for c in _AROUND_TILES),
         *(f"n1c{c}h7w5k{c}r3s3u2p1g{c}" for c in (3, 16, 17, 40)),

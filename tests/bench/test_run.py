@@ -339,3 +339,19 @@ def test_the_kernel_floor_needs_nothing_of_the_lab():
     )
     ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("conv", "products"),
+    (
+        (torch.nn.Conv2d(6, 12, 3, stride=2, groups=3), 2 * 12 * 3 * 4 * (2 * 9)),
+        (torch.nn.Conv2d(6, 6, 3, padding=1, groups=6), 2 * 6 * 7 * 9 * 9),
+        (torch.nn.Conv2d(6, 5, 1), 2 * 5 * 7 * 9 * 6),
+        (torch.nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), 2 * 6 * 7 * 9 * (2 * 4)),
+    ),
+)
+def test_operations_of_a_step(conv, products):
+    """A multiplication and an addition for each product; a training step has three times a pass's."""
+    x = torch.ones(2, 6, 7, 9, requires_grad=True)
+    assert nets.count_flops(lambda: conv(x)) == 2 * products
+    assert nets.count_flops(lambda: conv(x).sum().backward()) == 3 * 2 * products

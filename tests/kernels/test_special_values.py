@@ -54,6 +54,7 @@ def samples(dtype: str, layout: str) -> dict[str, Sample]:
         "dense epilogue": conv_sample(conv("n2c5h7w8k18r3s3p1"), activation="relu", scale=True, residual=True),
         "1x1": conv_sample(conv("n2c9h5w5k17r1s1"), activation="relu", residual=True),
         "few channels": conv_sample(conv("n2c1h9w9k5r5s5p2"), scale=True),
+        "groups": conv_sample(conv("n2c32h7w8k32r3s3p1g4"), activation="relu", scale=True, residual=True),
         "depthwise": conv_sample(conv("n2c18h7w8k18r3s3p1g18"), activation="relu", scale=True, residual=True),
         "transposed": transpose_sample(conv("n2c6h8w8k7r3s3u2p1")),
         "separable": separable_sample(conv("n2c6h7w7k6r3s3p1g6"), 5, affines=()),

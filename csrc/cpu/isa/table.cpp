@@ -11,6 +11,7 @@ void conv_rows(const ConvArgs&, const Pool&);
 void conv_outer(const ConvArgs&, const Pool&);
 void conv_planes(const ConvArgs&, const Pool&);
 void conv_pointwise(const ConvArgs&, const Pool&);
+void conv_grouped(const ConvArgs&, const Pool&);
 void depthwise(const ConvArgs&, Pass, const Pool&);
 void winograd(const ConvArgs&, Pass, const Pool&);
 int64_t separable_workspace(const SeparableArgs&, const Pool&);
@@ -30,6 +31,7 @@ namespace {
 void conv(const ConvArgs& a, Pass pass, const Pool& pool) {
   switch (a.plan.kernel) {
     case ConvKernel::rows: return conv_rows(a, pool);
+    case ConvKernel::grouped: return conv_grouped(a, pool);
     case ConvKernel::outer: return conv_outer(a, pool);
     case ConvKernel::planes: return conv_planes(a, pool);
     case ConvKernel::pointwise: return conv_pointwise(a, pool);

@@ -1,0 +1,180 @@
+// Forward and input gradient of channels-last images in groups of few channels, 4, 8 or 16 that go to as many, with filters
+// three wide and stride 1 (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups
+// where these are narrower.
+//
+// What a lane multiplies is a channel of its own group: channel i of each group of a source vector is spread over the
+// lanes of its group, by one shuffle, or a broadcast where a vector has one group only, and then serves all three columns
+// of the filter. The sums of up to 14 neighbouring pixels stay in registers: 1.2 shuffles for 3 multiply-adds.
+// A task copies a line of channels of its rows, with zeros around them, so that tiles have no edges and the pixels, far
+// apart in the image, lie side by side.
+#include "../kernels.h"
+#include "staging.h"
+#include "vec.h"
+
+namespace convkit::cpu::CONVKIT_ISA {
+
+namespace {
+
+constexpr int kWide = 3;  // columns of the filter
+
+template <class T> struct GroupedTile {
+  const T* x;        // source pixel under tap (0, 0) of the first output, at the first channel of its lanes' groups
+  const T* weights;  // [filter row][channel of the group][kWide][lanes]
+  T* out;
+  int64_t pixel, row;  // elements from pixel to pixel, of source and output, and from filter row to filter row
+  int64_t filter_rows;
+};
+
+// Lane i: lane `channel` of the W lanes that i is one of.
+template <int W, int channel, class V, int... I> CONVKIT_INLINE V channel_of_groups(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I / W * W + channel)...);
+}
+
+// Products of one channel of the groups with a filter row, for N pixels.
+template <int N, class T, class Spread> CONVKIT_INLINE void add_channel(vec<T>* sum, const T* weights, Spread&& spread) {
+  vec<T> w[kWide];
+  CONVKIT_UNROLL for (int s = 0; s < kWide; ++s) w[s] = held(load(weights + s * kLanes<T>));
+  CONVKIT_UNROLL for (int j = 0; j < N + kWide - 1; ++j) {
+    vec<T> x = held(spread(j));
+    CONVKIT_UNROLL for (int s = 0; s < kWide; ++s)
+      if (j >= s && j - s < N) sum[j - s] += x * w[s];
+  }
+}
+template <int N, int W, int channel = 0, class T> CONVKIT_INLINE void add_channels(vec<T>* sum, const T* x, int64_t pixel, const T* weights) {
+  if constexpr (channel < W) {
+    add_channel<N>(sum, weights + channel * kWide * kLanes<T>,
+                   [&](int j) { return channel_of_groups<W, channel>(load(x + j * pixel), std::make_integer_sequence<int, kLanes<T>>{}); });
+    add_channels<N, W, channel + 1>(sum, x, pixel, weights);
+  }
+}
+
+template <class T, int W, int N> __attribute__((noinline)) void grouped_tile(const GroupedTile<T>& a) {
+  constexpr int L = kLanes<T>;
+  vec<T> total[N] = {};
+  for (int64_t r = 0; r < a.filter_rows; ++r) {
+    const T *x = a.x + r * a.row, *weights = a.weights + r * W * kWide * L;
+    vec<T> sum[N] = {};  // of at most 48 products, and then added to the total: errors grow with the sums' lengths
+    if constexpr (W < L) add_channels<N, W>(sum, x, a.pixel, weights);
+    else
+      for (int i = 0; i < W; ++i) add_channel<N>(sum, weights + i * kWide * L, [&](int j) { return broadcast(x[j * a.pixel + i]); });
+    CONVKIT_UNROLL for (int j = 0; j < N; ++j) total[j] += sum[j];
+  }
+  CONVKIT_UNROLL for (int j = 0; j < N; ++j) store(a.out + j * a.pixel, total[j]);
+}
+
+template <class T> using GroupedTileFn = void (*)(const GroupedTile<T>&);
+
+template <class T, int W> GroupedTileFn<T> grouped_tile_of(int64_t pixels) {
+  switch (pixels) {
+    case 4: return grouped_tile<T, W, 4>;
+    case 7: return grouped_tile<T, W, 7>;
+    case 8: return grouped_tile<T, W, 8>;
+    default: return grouped_tile<T, W, 14>;
+  }
+}
+template <class T> GroupedTileFn<T> grouped_tile_for(int64_t width, int64_t pixels) {
+  return width == 4 ? grouped_tile_of<T, 4>(pixels) : width == 8 ? grouped_tile_of<T, 8>(pixels) : grouped_tile_of<T, 16>(pixels);
+}
+
+template <class S> struct Grouped {
+  using T = compute_t<S>;
+  static constexpr int L = kLanes<T>;
+  const ConvArgs& a;
+  const Pool& pool;
+  const ConvProblem& p = a.problem;
+  const GroupedPlan& plan = a.plan.grouped;
+  char* ws = static_cast<char*>(a.workspace);
+  T* weights = reinterpret_cast<T*>(ws + plan.weights.offset);  // [vector of channels][r][channel of the group][s][lanes]
+  int64_t src_h = plan.input_grad ? p.p : p.h, src_w = plan.input_grad ? p.q : p.w;
+  int64_t dst_h = plan.input_grad ? p.h : p.p, dst_w = plan.input_grad ? p.w : p.q;
+  int64_t width = p.c / p.groups, filter = p.r * width * kWide * L, row = plan.columns * plan.channels;
+  bool streamed = plan.stream && sizeof(S) == sizeof(T) && streamable(a.dst);
+
+  Grouped(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
+
+  void pack() const {
+    const S* from = static_cast<const S*>(a.weight);
+    const WeightStrides& st = a.weight_strides;
+    parallel(pool, p.c / L, [&](int64_t begin, int64_t end, int) {
+      for (int64_t channel = begin * L; channel < end * L; ++channel) {
+        int64_t group = channel / width * width;
+        T* to = weights + channel / L * filter + channel % L;
+        for (int64_t r = 0; r < p.r; ++r)
+          for (int64_t i = 0; i < width; ++i)
+            for (int64_t s = 0; s < kWide; ++s, to += L)
+              *to = plan.input_grad ? get(from + (group + i) * st.k + (channel - group) * st.c + (p.r - 1 - r) * st.r + (kWide - 1 - s) * st.s)
+                                    : get(from + channel * st.k + i * st.c + r * st.r + s * st.s);
+      }
+    });
+  }
+
+  // Source rows [first, first + rows) of the channels from `channel` on. The next ones' are beside them, in lines too far
+  // apart for the hardware to see a stream in them.
+  void stage(const S* image, int64_t channel, int64_t first, int64_t rows, T* to) const {
+    for (int64_t i = first; i < first + rows; ++i, to += row) {
+      if (i >= 0 && i < src_h && channel + plan.channels < p.c)
+        for (int64_t x = 0; x < src_w; ++x) __builtin_prefetch(image + (i * src_w + x) * p.c + channel + plan.channels, 0, 2);
+      stage_row(image, {src_h, src_w, p.c, Layout::nhwc}, i, plan.left, plan.columns, channel, plan.channels, to);
+    }
+  }
+
+  // A row of sums to its place, `to`: scale, bias, and what else there is. Past the caches go whole lines, once they are made.
+  template <class Finish> void emit(T* out, S* to, int64_t channel, Finish finish) const {
+    bool affine = a.scale != nullptr || a.bias != nullptr, clamp = a.relu && a.residual == nullptr;
+    for (int64_t first = 0; first < plan.channels; first += L) {
+      vec<T> scale = broadcast(T(1)), shift{};
+      if (a.scale != nullptr) scale = load(static_cast<const T*>(a.scale) + channel + first);
+      if (a.bias != nullptr) shift = a.scale != nullptr ? load(static_cast<const T*>(a.bias) + channel + first) : load(static_cast<const S*>(a.bias) + channel + first);
+      for (int64_t q = 0; q < dst_w; ++q) {
+        T* from = out + q * plan.channels + first;
+        S* at = to + q * p.c + first;
+        vec<T> v = load(from);
+        if (affine) v = v * scale + shift;
+        if (clamp) v = relu<T>(v);
+        v = finish(v, at, L);
+        if (streamed) store(from, v);
+        else store(at, v);
+      }
+    }
+    if constexpr (sizeof(S) == sizeof(T))
+      for (int64_t q = 0; streamed && q < dst_w; ++q)
+        for (int64_t first = 0; first < plan.channels; first += kLine<S>) stream_line(to + q * p.c + first, out + q * plan.channels + first);
+  }
+
+  void run() const {
+    pack();
+    int64_t pieces = ceil_div(dst_h, plan.rows_per_task);
+    GroupedTileFn<T> tile_of_pixels = grouped_tile_for<T>(width, plan.tile);
+    parallel(pool, p.n * pieces, [&](int64_t begin, int64_t end, int thread) {
+      T* staged = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+      T* out = staged + plan.rows * row;
+      for (int64_t task = begin; task < end; ++task) {
+        int64_t image = task / pieces, first = task % pieces * plan.rows_per_task, last = min_of(dst_h, first + plan.rows_per_task);
+        const S* src = static_cast<const S*>(a.src) + image * src_h * src_w * p.c;
+        S* dst = static_cast<S*>(a.dst) + image * dst_h * dst_w * p.c;
+        for (int64_t channel = 0; channel < p.c; channel += plan.channels) {
+          stage(src, channel, first - plan.top, last - first + (p.r - 1) * p.dilation_h, staged);
+          for (int64_t i = first; i < last; ++i) {
+            for (int64_t lanes = 0; lanes < plan.channels; lanes += L)
+              for (int64_t q = 0; q < dst_w; q += plan.tile) {
+                GroupedTile<T> tile{staged + (i - first) * row + q * plan.channels + lanes / width * width, weights + (channel + lanes) / L * filter,
+                                    out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, p.r};
+                if (width < L) tile.x = staged + (i - first) * row + q * plan.channels + lanes;
+                tile_of_pixels(tile);
+              }
+            with_residual<S>(a, [&](auto finish) { emit(out, dst + i * dst_w * p.c + channel, channel, finish); });
+          }
+        }
+      }
+      if (streamed) fence();
+    });
+  }
+};
+
+}  // namespace
+
+void conv_grouped(const ConvArgs& a, const Pool& pool) {
+  with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Grouped<S>(a, pool).run(); });
+}
+
+}  // namespace convkit::cpu::CONVKIT_ISA
