@@ -206,7 +206,7 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
 // Where a channels-last kernel would have to transpose what it reads and what it writes.
 bool use_pointwise(const ConvProblem& a, Pass pass) {
   return a.r * a.s == 1 && a.layout == Layout::nchw && a.p * a.q > 1 && a.pad_top == 0 && a.pad_left == 0 &&
-         (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w && (pass == Pass::forward || (a.p == a.h && a.q == a.w));
+         (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w;
 }
 
 PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {

@@ -1,9 +1,10 @@
-// 1x1 convolutions of contiguous tensors: forward of any stride, input gradient of stride 1.
+// 1x1 convolutions of contiguous tensors: forward and input gradient.
 //
 // Neighbouring pixels of a channel are neighbours in memory, so here a lane is a pixel and a row of the register tile is a
 // filter: what would be transposed twice for the kernel of gathered rows is copied once, as panels of a few vectors of
 // pixels and all channels, and results are stored where they belong. Pixels are counted through all images, so that only
-// the last panel of the batch is short; the tile of a panel that ends in another image goes by way of a scratch tile.
+// the last panel of the batch is short; the tile of a panel that ends in another image goes by way of a scratch tile, and so
+// do those whose pixels are a stride apart in the gradient of the input.
 // 8 filters x 3 vectors on AVX-512: 11 loads for 24 multiply-adds, and filter counts are multiples of 8; 6 x 2 elsewhere.
 #include "../kernels.h"
 #include "rows_tile.h"
@@ -32,6 +33,8 @@ template <class S, class X, class From> struct Pointwise {
   char* ws = static_cast<char*>(a.workspace);
   int64_t src_c = plan.input_grad ? p.k : p.c, dst_c = plan.input_grad ? p.c : p.k;
   int64_t depth = src_c / p.groups, filters = dst_c / p.groups, hw = p.h * p.w, pq = p.p * p.q, pixels = p.n * pq;
+  int64_t src_plane = plan.input_grad ? pq : hw, dst_plane = plan.input_grad ? hw : pq;
+  bool scattered = plan.input_grad && hw != pq;
 
   Pointwise(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -83,8 +86,8 @@ template <class S, class X, class From> struct Pointwise {
         }
       };
       each_image(first, count, [&](int64_t image, int64_t at, int64_t n, int64_t lane) {
-        From plane = src + (image * src_c + group * depth + c) * hw;
-        if (p.stride_h == 1 && p.stride_w == 1 && p.q == p.w) return run(plane + at, 1, n, lane);
+        From plane = src + (image * src_c + group * depth + c) * src_plane;
+        if (src_plane == pq) return run(plane + at, 1, n, lane);
         for (int64_t row = at / p.q, column = at % p.q; n > 0; ++row, column = 0) {
           int64_t piece = min_of(p.q - column, n);
           run(plane + (row * p.stride_h * p.w + column * p.stride_w), p.stride_w, piece, lane);
@@ -95,11 +98,25 @@ template <class S, class X, class From> struct Pointwise {
     }
   }
 
+  // Gradients of pixels [at, at + n) of a plane to their places in the input's plane, and `between` to the places up to the
+  // next ones', which no output has met.
+  void scatter(const S* from, S* plane, int64_t at, int64_t n, S between) const {
+    for (int64_t row = at / p.q, column = at % p.q; n > 0; ++row, column = 0) {
+      int64_t count = min_of(p.q - column, n), first = column * p.stride_w, last = column + count == p.q ? p.w : first + count * p.stride_w;
+      int64_t end = row + 1 == p.p ? p.h : (row + 1) * p.stride_h;
+      for (int64_t i = row * p.stride_h; i < end; ++i)
+        for (int64_t j = first; j < last; ++j) plane[i * p.w + j] = between;
+      S* to = plane + row * p.stride_h * p.w + first;
+      for (int64_t j = 0; j < count; ++j) to[j * p.stride_w] = from[j];
+      from += count, n -= count;
+    }
+  }
+
   // src: the tensor, or pairs of its neighbouring channels.
   void run(From src) const {
     pack();
     int64_t block = plan.panels_per_task * kWidth, row_tiles = ceil_div(filters, kRows);
-    bool streamed = plan.stream && pq % kLine<S> == 0 && kWidth % kLine<S> == 0 && streamable(a.dst);
+    bool streamed = plan.stream && !scattered && pq % kLine<S> == 0 && kWidth % kLine<S> == 0 && streamable(a.dst);
     parallel(pool, ceil_div(pixels, block) * p.groups, [&](int64_t begin, int64_t end, int thread) {
       X* panels = reinterpret_cast<X*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
       S* aside = reinterpret_cast<S*>(panels + plan.panels_per_task * depth * kWidth);
@@ -125,26 +142,34 @@ template <class S, class X, class From> struct Pointwise {
             tile.panel = panels + lane * depth;
             tile.row_scale = a.scale == nullptr ? nullptr : scale() + channel;
             tile.row_bias = a.bias == nullptr ? nullptr : bias() + channel;
-            bool inside_image = at + tile.columns <= pq;
-            S* out = static_cast<S*>(a.dst) + ((first + lane) / pq * dst_c + channel) * pq + at;
+            bool direct = at + tile.columns <= pq && !scattered;
+            S* out = static_cast<S*>(a.dst) + ((first + lane) / pq * dst_c + channel) * dst_plane + at;
             tile.residual = static_cast<const S*>(a.residual), tile.origin = static_cast<const S*>(a.dst);
             for (int m = 0; m < kRows; ++m) {
               rows[m] = weights() + (channel + min_of(m, tile.valid_rows - 1)) * depth;
-              dst[m] = inside_image ? out + m * pq : aside + m * kWidth;
+              dst[m] = direct ? out + m * dst_plane : aside + m * kWidth;
             }
-            tile.streamed = streamed && inside_image;
-            // Of a tile that goes aside, f(place in the tensor, place aside, elements) for what lies together.
+            tile.streamed = streamed && direct;
+            // Of a tile that goes aside, f(place in the tensor, place aside, bytes) for what lies together.
             auto each_run = [&](auto&& f) {
               each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
                 for (int m = 0; m < tile.valid_rows; ++m) f((image * dst_c + channel + m) * pq + pixel, aside + m * kWidth + from, n * sizeof(S));
               });
             };
-            if (!inside_image && a.residual != nullptr) {
+            if (!direct && a.residual != nullptr) {
               each_run([&](int64_t place, S* to, size_t bytes) { std::memcpy(static_cast<void*>(to), static_cast<const S*>(a.residual) + place, bytes); });
               tile.residual = tile.origin = aside;
             }
             rows_tile<X, S, kRows, kVectors>(tile);
-            if (!inside_image)
+            if (scattered)
+              each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
+                for (int m = 0; m < tile.valid_rows; ++m) {
+                  S between{};
+                  if (a.bias != nullptr) put(&between, bias()[channel + m]);
+                  scatter(aside + m * kWidth + from, static_cast<S*>(a.dst) + (image * dst_c + channel + m) * hw, pixel, n, between);
+                }
+              });
+            else if (!direct)
               each_run([&](int64_t place, const S* from, size_t bytes) { std::memcpy(static_cast<void*>(static_cast<S*>(a.dst) + place), from, bytes); });
           }
       }
@@ -159,7 +184,7 @@ void conv_pointwise(const ConvArgs& a, const Pool& pool) {
 #if defined(CONVKIT_DOTS)
   if (a.plan.pointwise.dots) {
     Pointwise<bf16, bf16, Pairs> pairs(a, pool);
-    return pairs.run({static_cast<const bf16*>(a.src), pairs.hw});
+    return pairs.run({static_cast<const bf16*>(a.src), pairs.src_plane});
   }
 #endif
   with_type(a.problem.dtype, [&]<class S>(Tag<S>) { Pointwise<S, compute_t<S>, const S*>(a, pool).run(static_cast<const S*>(a.src)); });
