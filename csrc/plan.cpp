@@ -204,7 +204,7 @@ PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Works
 }
 
 // Where a channels-last kernel would have to transpose what it reads and what it writes.
-bool use_pointwise(const ConvProblem& a, Pass pass) {
+bool use_pointwise(const ConvProblem& a) {
   return a.r * a.s == 1 && a.layout == Layout::nchw && a.p * a.q > 1 && a.pad_top == 0 && a.pad_left == 0 &&
          (a.p - 1) * a.stride_h < a.h && (a.q - 1) * a.stride_w < a.w;
 }
@@ -232,7 +232,8 @@ int64_t grouped_channels(const ConvProblem& a) { return std::max(64 / compute_by
 // Groups whose channels a vector holds one or more of, or that are few vectors; see conv_grouped.
 bool use_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t width = a.c / a.groups;
-  if (a.layout != Layout::nhwc || a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16) || multiplies_pairs(a, f)) return false;
+  if (a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16) || multiplies_pairs(a, f)) return false;
+  if (a.layout == Layout::nchw && width > f.vector_bytes / compute_bytes(a.dtype)) return false;  // transposing costs more than is won
   if (a.s != 3 || a.stride_h != 1 || a.stride_w != 1 || a.dilation_w != 1 || a.pad_left > 2) return false;
   int64_t top = pass == Pass::input_grad ? a.dilation_h * (a.r - 1) - a.pad_top : a.pad_top;
   return a.c % grouped_channels(a) == 0 && std::abs(top) <= 64 + a.h && a.dilation_h * (a.r - 1) <= 64 + a.h;
@@ -481,7 +482,7 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   } else if (pass == Pass::weight_grad) {
     plan.kernel = ConvKernel::outer;
     plan.outer = plan_outer(a, f, ws);
-  } else if (use_pointwise(a, pass)) {
+  } else if (use_pointwise(a)) {
     plan.kernel = ConvKernel::pointwise;
     plan.pointwise = plan_pointwise(a, pass, f, ws);
   } else if (use_grouped(a, pass, f)) {

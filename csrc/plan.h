@@ -78,7 +78,7 @@ struct PointwisePlan {
   int64_t scratch_bytes;    // of one thread
 };
 
-// Forward and input gradient, groups of few channels to as many, channels last: vectors of channels, of one or more groups.
+// Forward and input gradient, groups of few channels to as many: vectors of channels, of one group or more.
 struct GroupedPlan {
   bool input_grad;
   int64_t channels;         // copied together: whole lines and whole groups

@@ -1,12 +1,12 @@
-// Forward and input gradient of channels-last images in groups of few channels, 4, 8 or 16 that go to as many, with filters
-// three wide and stride 1 (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups
-// where these are narrower.
+// Forward and input gradient in groups of few channels, 4, 8 or 16 that go to as many, with filters three wide and stride 1
+// (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups where these are
+// narrower.
 //
 // What a lane multiplies is a channel of its own group: channel i of each group of a source vector is spread over the
 // lanes of its group, by one shuffle, or a broadcast where a vector has one group only, and then serves all three columns
 // of the filter. The sums of up to 14 neighbouring pixels stay in registers: 1.2 shuffles for 3 multiply-adds.
 // A task copies a line of channels of its rows, with zeros around them, so that tiles have no edges and the pixels, far
-// apart in the image, lie side by side.
+// apart in a channels-last image, lie side by side; contiguous planes are transposed by it.
 #include "../kernels.h"
 #include "staging.h"
 #include "vec.h"
@@ -88,7 +88,8 @@ template <class S> struct Grouped {
   int64_t src_h = plan.input_grad ? p.p : p.h, src_w = plan.input_grad ? p.q : p.w;
   int64_t dst_h = plan.input_grad ? p.h : p.p, dst_w = plan.input_grad ? p.w : p.q;
   int64_t width = p.c / p.groups, filter = p.r * width * kWide * L, row = plan.columns * plan.channels;
-  bool streamed = plan.stream && sizeof(S) == sizeof(T) && streamable(a.dst);
+  bool nhwc = p.layout == Layout::nhwc;
+  bool streamed = plan.stream && nhwc && sizeof(S) == sizeof(T) && streamable(a.dst);
 
   Grouped(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -112,15 +113,17 @@ template <class S> struct Grouped {
   // apart for the hardware to see a stream in them.
   void stage(const S* image, int64_t channel, int64_t first, int64_t rows, T* to) const {
     for (int64_t i = first; i < first + rows; ++i, to += row) {
-      if (i >= 0 && i < src_h && channel + plan.channels < p.c)
+      if (nhwc && i >= 0 && i < src_h && channel + plan.channels < p.c)
         for (int64_t x = 0; x < src_w; ++x) __builtin_prefetch(image + (i * src_w + x) * p.c + channel + plan.channels, 0, 2);
-      stage_row(image, {src_h, src_w, p.c, Layout::nhwc}, i, plan.left, plan.columns, channel, plan.channels, to);
+      stage_row(image, {src_h, src_w, p.c, p.layout}, i, plan.left, plan.columns, channel, plan.channels, to);
     }
   }
 
-  // A row of sums to its place, `to`: scale, bias, and what else there is. Past the caches go whole lines, once they are made.
-  template <class Finish> void emit(T* out, S* to, int64_t channel, Finish finish) const {
+  // A row of sums to its place in the image, row i: scale, bias, and what else there is. Past the caches go whole lines, once
+  // they are made.
+  template <class Finish> void emit(T* out, S* image, int64_t i, int64_t channel, Finish finish) const {
     bool affine = a.scale != nullptr || a.bias != nullptr, clamp = a.relu && a.residual == nullptr;
+    S* to = image + i * dst_w * p.c + channel;
     for (int64_t first = 0; first < plan.channels; first += L) {
       vec<T> scale = broadcast(T(1)), shift{};
       if (a.scale != nullptr) scale = load(static_cast<const T*>(a.scale) + channel + first);
@@ -131,11 +134,12 @@ template <class S> struct Grouped {
         vec<T> v = load(from);
         if (affine) v = v * scale + shift;
         if (clamp) v = relu<T>(v);
-        v = finish(v, at, L);
-        if (streamed) store(from, v);
-        else store(at, v);
+        if (nhwc) v = finish(v, at, L);
+        if (nhwc && !streamed) store(at, v);
+        else store(from, v);
       }
     }
+    if (!nhwc) return unstage_pixels(out, plan.channels, image, p.layout, dst_h * dst_w, p.c, i * dst_w, dst_w, channel, plan.channels, finish);
     if constexpr (sizeof(S) == sizeof(T))
       for (int64_t q = 0; streamed && q < dst_w; ++q)
         for (int64_t first = 0; first < plan.channels; first += kLine<S>) stream_line(to + q * p.c + first, out + q * plan.channels + first);
@@ -162,7 +166,7 @@ template <class S> struct Grouped {
                 if (width < L) tile.x = staged + (i - first) * row + q * plan.channels + lanes;
                 tile_of_pixels(tile);
               }
-            with_residual<S>(a, [&](auto finish) { emit(out, dst + i * dst_w * p.c + channel, channel, finish); });
+            with_residual<S>(a, [&](auto finish) { emit(out, dst, i, channel, finish); });
           }
         }
       }
