@@ -34,8 +34,6 @@ __all__ = ["NET_PEERS", "build", "factory", "peak_bytes", "prepare"]
 
 NET_PEERS = ("torch", "compile")
 
-aten = torch.ops.aten
-
 # So small that a network never learns its batches by heart: the gradients of one that has are denormal numbers, with
 # which a CPU counts ten times slower, whatever the kernels.
 LEARNING_RATE = 1e-6
@@ -130,7 +128,8 @@ def prepare(
 
 def count_flops(step: Callable[[], object]) -> int:
     """Floating-point operations of PyTorch's convolutions and matrix products in a step."""
-    with FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _backward_flops}) as counter:
+    backward = {torch.ops.aten.convolution_backward: _backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         step()
     return counter.get_total_flops()
 

@@ -20,6 +20,10 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> 
     return model
 
 
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
 def images(dtype: torch.dtype = torch.float64, seed: int = 1, channels: int = 3) -> Tensor:
     return torch.randn(4, channels, 12, 12, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 

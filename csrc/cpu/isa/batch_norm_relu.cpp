@@ -19,7 +19,7 @@ constexpr int kGroup = 4;   // sums side by side, so that one addition need not 
 // Channels last. Pieces are rows of a partial sum: long enough that the sums are few beside what is summed, which are
 // written and read once more; a task sums kBlockLanes channels of them.
 constexpr int64_t kPieceRows = 128, kMaxPieces = 64, kBlockLanes = 512;
-// Rows of the second pass are taken in blocks, last block first: the end of what the first has read is still cached.
+// Rows of the second pass are taken in blocks, after a first one last block first: the end of what it has read is still cached.
 constexpr int64_t kBlockBytes = 32 << 10;
 // Contiguous planes below this many elements are taken several channels at a time.
 constexpr int64_t kSmallPlane = 256, kGroupLanes = 768;
@@ -288,7 +288,7 @@ template <class S> struct Passes {
 
   template <int KS, int KA, int N, class Start, class Term, class Finish, class Apply>
   void run(bool sums, bool second, bool streamed, Start&& start, Term&& term, Finish&& finish, Apply&& apply) const {
-    // A single pass over lines of one channel each needs no more than its values.
+    // A single pass over lines of one channel each needs no more than its values; planes of fewer lines are too short for it.
     bool broadcast = view.kind == View::planes || (!sums && s.hw >= 64 && s.hw % (sizeof(S) == 2 ? 32 : 16) == 0);
     if (view.kind == View::pixels) run_pixels<KS, KA, N>(sums, second, start, term, finish, apply);
     else if (!broadcast) run_images<KS, KA, N>(sums, second, start, term, finish, apply);

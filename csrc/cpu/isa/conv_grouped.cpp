@@ -147,7 +147,7 @@ template <class S> struct Grouped {
 
   void run() const {
     pack();
-    int64_t pieces = ceil_div(dst_h, plan.rows_per_task);
+    int64_t pieces = ceil_div(dst_h, plan.rows_per_task), of_groups = max_of<int64_t>(width, L);  // whole groups, whole vectors
     GroupedTileFn<T> tile_of_pixels = grouped_tile_for<T>(width, plan.tile);
     parallel(pool, p.n * pieces, [&](int64_t begin, int64_t end, int thread) {
       T* staged = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
@@ -159,13 +159,11 @@ template <class S> struct Grouped {
         for (int64_t channel = 0; channel < p.c; channel += plan.channels) {
           stage(src, channel, first - plan.top, last - first + (p.r - 1) * p.dilation_h, staged);
           for (int64_t i = first; i < last; ++i) {
-            for (int64_t lanes = 0; lanes < plan.channels; lanes += L)
-              for (int64_t q = 0; q < dst_w; q += plan.tile) {
-                GroupedTile<T> tile{staged + (i - first) * row + q * plan.channels + lanes / width * width, weights + (channel + lanes) / L * filter,
-                                    out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, p.r};
-                if (width < L) tile.x = staged + (i - first) * row + q * plan.channels + lanes;
-                tile_of_pixels(tile);
-              }
+            for (int64_t lanes = 0; lanes < plan.channels; lanes += L) {
+              const T* x = staged + (i - first) * row + lanes / of_groups * of_groups;
+              for (int64_t q = 0; q < dst_w; q += plan.tile)
+                tile_of_pixels({x + q * plan.channels, weights + (channel + lanes) / L * filter, out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, p.r});
+            }
             with_residual<S>(a, [&](auto finish) { emit(out, dst, i, channel, finish); });
           }
         }

@@ -21,12 +21,10 @@ constexpr int kTileRows[5] = {0, 6, 6, 0, 0};
 constexpr int kMaxVectors = 2;
 #endif
 constexpr int kMaxTileRows = 14;
-// Whether the weights of several steps fit beside the sums. Where they don't, sums went to memory and back: 6 x 2 on Zen 4
-// took a quarter longer.
-constexpr bool kSpareRegisters = kMaxVectors == 4;
 
-// Steps of the depth a turn of the loop takes: enough that loop control and pointer loads hide behind the arithmetic.
-template <int NV> constexpr int kDepthUnroll = NV == 1 ? 4 : NV == 4 ? 1 : 2;
+// Steps of the depth a turn of the loop takes: enough that loop control and pointer loads hide behind the arithmetic, and not
+// more than have room for their weights beside the sums: 6 x 2 with two steps in 16 registers took a quarter longer (Zen 4).
+template <int NV> constexpr int kDepthUnroll = NV == 1 ? 4 : NV == kMaxVectors ? 1 : 2;
 
 template <class X, class S> struct RowsTile {
   using T = compute_t<X>;
@@ -91,23 +89,13 @@ template <class X, class S, int MR, int NV> __attribute__((noinline)) void rows_
       for (; d + U * G <= end; d += U * G, w += U * G * NV * L, next += U * G * MR) {
         __builtin_prefetch(next);
         vec<T> weights[U][NV];
-        if constexpr (kSpareRegisters) {
-          CONVKIT_UNROLL for (int u = 0; u < U; ++u)
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = O::columns(w + (u * NV + v) * L * G);
-          CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
-            CONVKIT_UNROLL for (int u = 0; u < U; ++u) {
-              vec<T> x = O::row(row[m] + d + u * G);
-              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, weights[u][v]);
-            }
-        } else {
+        CONVKIT_UNROLL for (int u = 0; u < U; ++u)
+          CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = O::columns(w + (u * NV + v) * L * G);
+        CONVKIT_UNROLL for (int m = 0; m < MR; ++m)
           CONVKIT_UNROLL for (int u = 0; u < U; ++u) {
-            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) weights[u][v] = held(O::columns(w + (u * NV + v) * L * G));
-            CONVKIT_UNROLL for (int m = 0; m < MR; ++m) {
-              vec<T> x = O::row(row[m] + d + u * G);
-              CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, weights[u][v]);
-            }
+            vec<T> x = O::row(row[m] + d + u * G);
+            CONVKIT_UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = O::multiply_add(acc[m][v], x, weights[u][v]);
           }
-        }
       }
       if constexpr (U > 1) {
         for (; d + G <= end; d += G, w += G * NV * L)
