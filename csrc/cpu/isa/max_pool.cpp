@@ -18,9 +18,18 @@ namespace {
 // The copy of a band: leaves half of a first-level cache of 48 KiB to what it is copied from and to.
 constexpr int64_t kBandBytes = 24 << 10;
 
-template <class T, class I> struct Taps8Or32 {
-  typedef I type __attribute__((vector_size(kLanes<T> * sizeof(I))));
+template <class I, int N> struct Integers {
+  typedef I type __attribute__((vector_size(N * sizeof(I))));
 };
+// By steps of twice the width or half of it: the compiler does larger ones a lane at a time.
+template <int N, class From, class To> CONVKIT_INLINE typename Integers<To, N>::type resized(typename Integers<From, N>::type v) {
+  constexpr bool wider = sizeof(From) < sizeof(To);
+  using Next = std::conditional_t<wider, std::conditional_t<sizeof(From) == 1, int16_t, int32_t>, std::conditional_t<sizeof(From) == 8, int32_t, int16_t>>;
+  if constexpr (sizeof(To) > 2 * sizeof(From) || sizeof(From) > 2 * sizeof(To))
+    return resized<N, Next, To>(__builtin_convertvector(v, typename Integers<Next, N>::type));
+  else
+    return __builtin_convertvector(v, typename Integers<To, N>::type);
+}
 
 template <int first, class V, int... J> CONVKIT_INLINE V every_other(V a, V b, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(a, b, (2 * J + first)...);
@@ -43,8 +52,9 @@ struct Bands {
 template <class S, class I> struct MaxPool {
   using T = compute_t<S>;
   using Index = typename VecOf<T>::mask;
-  using Taps = typename Taps8Or32<T, I>::type;
   static constexpr int L = kLanes<T>;
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Taps = typename Integers<I, L>::type;
   const MaxPoolArgs& a;
   const Pool& pool;
   char* workspace;
@@ -76,13 +86,22 @@ template <class S, class I> struct MaxPool {
   static CONVKIT_INLINE Index every(int64_t tap) { return Index{} + decltype(Index{}[0] + 0)(tap); }
 
   static CONVKIT_INLINE void put_taps(I* to, Index tap) {
-    Taps narrow = __builtin_convertvector(tap, Taps);
+#if defined(__AVX512F__)
+    Taps narrow = __builtin_convertvector(tap, Taps);  // one instruction
+#else
+    Taps narrow = resized<L, Lane, I>((typename Integers<Lane, L>::type)tap);
+#endif
     std::memcpy(to, &narrow, sizeof narrow);
   }
   static CONVKIT_INLINE Index get_taps(const I* from) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(I) == 1 && sizeof(T) == 4) return (Index)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(I) == 1 && sizeof(T) == 4) return (Index)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#endif
     Taps narrow;
     std::memcpy(&narrow, from, sizeof narrow);
-    return __builtin_convertvector(narrow, Index);
+    return (Index)resized<L, I, Lane>(narrow);
   }
 
   // Taps of a window from `first` on that lie inside.
@@ -125,8 +144,15 @@ template <class S, class I> struct MaxPool {
     }
   }
 
-  void forward_by_pixels() const {
-    int64_t row_step = p.dilation_h * p.w * p.c, pixel_step = p.dilation_w * p.c;
+  // f(std::integral_constant<int, K>): K is 2 or 3 where windows are as many rows and columns, which the compiler then unrolls.
+  template <class F> void with_window(F&& f) const {
+    if (p.r == 2 && p.s == 2) f(std::integral_constant<int, 2>{});
+    else if (p.r == 3 && p.s == 3) f(std::integral_constant<int, 3>{});
+    else f(std::integral_constant<int, 0>{});
+  }
+
+  template <int K> void forward_by_pixels() const {
+    int64_t row_step = p.dilation_h * p.w * p.c, pixel_step = p.dilation_w * p.c, ahead = p.stride_h * p.w * p.c;
     parallel(pool, p.n * p.p, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t y = task % p.p * p.stride_h - p.pad_h;
@@ -136,13 +162,23 @@ template <class S, class I> struct MaxPool {
           int64_t x = q * p.stride_w - p.pad_w, out = (task * p.q + q) * p.c;
           Range columns = valid(x, p.s, p.dilation_w, p.w);
           bool none = rows.begin == rows.end || columns.begin == columns.end;
+          bool whole_window = K > 0 && rows.end - rows.begin == K && columns.end - columns.begin == K;
           const S* window = image + (y * p.w + x) * p.c;
           channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
             Largest largest[N];
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].tap = every(none ? -1 : rows.begin * p.s + columns.begin);
-            for (int64_t r = rows.begin; r < rows.end; ++r)
-              for (int64_t s = columns.begin; s < columns.end; ++s)
-                CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(of.load_at(window + r * row_step + s * pixel_step, v), every(r * p.s + s));
+            auto meet = [&](int64_t r, int64_t s, int64_t tap) __attribute__((always_inline)) {
+              const S* from = window + r * row_step + s * pixel_step;
+              // What the windows below will meet first: of a row of outputs, memory is read a little here and a little there.
+              if (r + p.stride_h >= p.r && s + p.stride_w >= p.s)
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v) __builtin_prefetch(from + of.at[v] + ahead);
+              CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(of.load_at(from, v), every(tap));
+            };
+            if (whole_window)
+              CONVKIT_UNROLL for (int tap = 0; tap < K * K; ++tap) meet(tap / max_of(K, 1), tap % max_of(K, 1), tap);
+            else
+              for (int64_t r = rows.begin; r < rows.end; ++r)
+                for (int64_t s = columns.begin; s < columns.end; ++s) meet(r, s, r * p.s + s);
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
               if (a.relu) largest[v].relu();
               of.store_at(dst + out, v, largest[v].value);
@@ -155,10 +191,10 @@ template <class S, class I> struct MaxPool {
   }
 
   // Windows side by side: each output's gradient and tap are read once, for all pixels of its window.
-  void grad_by_windows() const {
+  template <int K> void grad_by_windows() const {
     parallel(pool, p.n * p.p, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
-        int64_t image = task / p.p, y = task % p.p * p.r, used = p.q * p.s;
+        int64_t image = task / p.p, y = task % p.p * p.r, used = p.q * p.s, ahead = p.r * p.w * p.c;
         S* rows = dst + (image * p.h + y) * p.w * p.c;
         for (int64_t q = 0; q < p.q; ++q)
           channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
@@ -166,10 +202,18 @@ template <class S, class I> struct MaxPool {
             Index tap[N];
             int64_t out = (task * p.q + q) * p.c;
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) grad[v] = of.load_at(src + out, v), tap[v] = of.taps_at(taps + out, v);
-            for (int64_t r = 0; r < p.r; ++r)
-              for (int64_t s = 0; s < p.s; ++s)
-                CONVKIT_UNROLL for (int v = 0; v < N; ++v)
-                  of.store_at(rows + (r * p.w + q * p.s + s) * p.c, v, tap[v] == every(r * p.s + s) ? grad[v] : vec<T>{});
+            auto put = [&](int64_t r, int64_t s, int64_t its) __attribute__((always_inline)) {
+              S* to = rows + (r * p.w + q * p.s + s) * p.c;
+              CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
+                __builtin_prefetch(to + of.at[v] + ahead, 1);
+                of.store_at(to, v, tap[v] == every(its) ? grad[v] : vec<T>{});
+              }
+            };
+            if (K > 0)
+              CONVKIT_UNROLL for (int i = 0; i < K * K; ++i) put(i / max_of(K, 1), i % max_of(K, 1), i);
+            else
+              for (int64_t r = 0; r < p.r; ++r)
+                for (int64_t s = 0; s < p.s; ++s) put(r, s, r * p.s + s);
           });
         for (int64_t r = 0; r < p.r && used < p.w; ++r) fill_zero(rows + (r * p.w + used) * p.c, (p.w - used) * p.c);
         if (y + p.r == p.p * p.r) fill_zero(rows + p.r * p.w * p.c, (p.h - p.p * p.r) * p.w * p.c);
@@ -177,32 +221,45 @@ template <class S, class I> struct MaxPool {
     });
   }
 
+  // A window that a pixel lies in: where its output is, and which tap the pixel is of it.
+  struct Meeting {
+    int64_t out, tap;
+  };
+  static int64_t meeting_bytes(const MaxPoolProblem& p) { return ceil_div(p.r * p.s * int64_t(sizeof(Meeting)), 64) * 64; }
+
   void grad_by_pixels() const {
     bool side_by_side = p.stride_h == p.r && p.stride_w == p.s && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == 0 && p.pad_w == 0;
-    if (side_by_side && p.p * p.r <= p.h && p.q * p.s <= p.w) return grad_by_windows();
-    parallel(pool, p.n * p.h, [&](int64_t begin, int64_t end, int) {
+    if (side_by_side && p.p * p.r <= p.h && p.q * p.s <= p.w) return with_window([&](auto k) { grad_by_windows<k>(); });
+    int64_t bytes = meeting_bytes(p);
+    parallel(pool, p.n * p.h, [&](int64_t begin, int64_t end, int thread) {
+      Meeting* meetings = reinterpret_cast<Meeting*>(workspace + thread * bytes);
       for (int64_t task = begin; task < end; ++task) {
         int64_t first_row = task / p.h * p.p;
         auto down = taps_at(task % p.h, p.r, p.stride_h, p.pad_h, p.dilation_h, true);
         // Pixels a stride apart are met by the same taps, of outputs next to each other.
         for (int64_t phase = 0; phase < min_of(p.stride_w, p.w); ++phase) {
           auto across = taps_at(phase, p.s, p.stride_w, p.pad_w, p.dilation_w, true);
-          for (int64_t x = phase, q0 = across.source; x < p.w; x += p.stride_w, ++q0)
+          for (int64_t x = phase, q0 = across.source; x < p.w; x += p.stride_w, ++q0) {
+            int64_t count = 0;
+            for (int64_t i = 0; i < down.count; ++i) {
+              int64_t row = down.source + i * down.source_step;
+              if (row < 0 || row >= p.p) continue;
+              for (int64_t j = 0; j < across.count; ++j) {
+                int64_t q = q0 + j * across.source_step;
+                if (q < 0 || q >= p.q) continue;
+                meetings[count++] = {((first_row + row) * p.q + q) * p.c, (down.first + i * down.step) * p.s + across.first + j * across.step};
+              }
+            }
             channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
               vec<T> sum[N] = {};
-              for (int64_t i = 0; i < down.count; ++i) {
-                int64_t row = down.source + i * down.source_step;
-                if (row < 0 || row >= p.p) continue;
-                for (int64_t j = 0; j < across.count; ++j) {
-                  int64_t q = q0 + j * across.source_step;
-                  if (q < 0 || q >= p.q) continue;
-                  int64_t out = ((first_row + row) * p.q + q) * p.c;
-                  Index tap = every((down.first + i * down.step) * p.s + across.first + j * across.step);
-                  CONVKIT_UNROLL for (int v = 0; v < N; ++v) sum[v] += of.taps_at(taps + out, v) == tap ? of.load_at(src + out, v) : vec<T>{};
-                }
+              for (int64_t i = 0; i < count; ++i) {
+                auto [out, its_tap] = meetings[i];
+                Index tap = every(its_tap);
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v) sum[v] += of.taps_at(taps + out, v) == tap ? of.load_at(src + out, v) : vec<T>{};
               }
               CONVKIT_UNROLL for (int v = 0; v < N; ++v) of.store_at(dst + (task * p.w + x) * p.c, v, sum[v]);
             });
+          }
         }
       }
     });
@@ -391,18 +448,19 @@ template <class F> void with_types(const MaxPoolArgs& a, F&& f) {
 
 int64_t max_pool_workspace(const MaxPoolArgs& a, int threads) {
   int64_t bytes = 0;
-  if (a.problem.layout == Layout::nchw)
-    with_types(a, [&]<class S, class I>(Tag<S>, Tag<I>) {
-      Bands bands(a.problem, sizeof(compute_t<S>));
-      bytes = threads * max_of(MaxPool<S, I>::forward_bytes(a.problem, bands), MaxPool<S, I>::grad_bytes(a.problem, bands));
-    });
-  return bytes;
+  with_types(a, [&]<class S, class I>(Tag<S>, Tag<I>) {
+    using Run = MaxPool<S, I>;
+    Bands bands(a.problem, sizeof(compute_t<S>));
+    if (a.problem.layout == Layout::nhwc) bytes = Run::meeting_bytes(a.problem);
+    else bytes = max_of(Run::forward_bytes(a.problem, bands), Run::grad_bytes(a.problem, bands));
+  });
+  return threads * bytes;
 }
 
 void max_pool(const MaxPoolArgs& a, void* workspace, const Pool& pool) {
   with_types(a, [&]<class S, class I>(Tag<S>, Tag<I>) {
     MaxPool<S, I> run(a, pool, workspace);
-    a.problem.layout == Layout::nhwc ? run.forward_by_pixels() : run.forward_by_planes();
+    a.problem.layout == Layout::nhwc ? run.with_window([&](auto k) { run.template forward_by_pixels<k>(); }) : run.forward_by_planes();
   });
 }
 
