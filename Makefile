@@ -29,8 +29,9 @@ demo: build
 bench: build
 	.venv/bin/convkit bench $(ARGS)
 
+# A process a core, up to eight, as most tests keep one busy. pytest alone runs them one after the other, as before a debugger.
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: .venv/.requirements
 	$(PY) -m ruff check .

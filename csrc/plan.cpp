@@ -46,6 +46,8 @@ constexpr int64_t kNarrowImage = 16;
 constexpr int64_t kTableBytes = 32 << 10;
 // The planes of a task of the few-channel kernel, read and written.
 constexpr int64_t kPlanesBytes = 768 << 10;
+// Products of an output from which sixteen registers, whose tile of planes is small, do better by the kernel of rows.
+constexpr int64_t kPlanesProducts = 40;
 // Below this many channels a filter row's taps and channels are worth a padded copy in which they are one run.
 constexpr int64_t kFewChannels = 16;
 // The panels of pixels of a task of a 1x1 convolution: a quarter of a 2 MiB second-level cache.
@@ -164,7 +166,8 @@ bool use_planes(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   // What is left of a vector of pixels, and of filters, that is not beyond the last.
   auto filled = [&](int64_t values) { return double(values) / double(ceil_div(values, lanes) * lanes); };
   bool full = filled(width) >= 0.9 * filled(channels);
-  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && !multiplies_pairs(a, f) && a.layout == Layout::nchw && full && merge_few_channels(a));
+  bool too_small = f.rows_for_vectors[4] == 0 && a.c * a.r * a.s >= kPlanesProducts;
+  return channels <= std::min<int64_t>(kPlanesChannels, lanes / 2) || (pass == Pass::forward && !multiplies_pairs(a, f) && a.layout == Layout::nchw && full && !too_small && merge_few_channels(a));
 }
 
 PlanesPlan plan_planes(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {

