@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
 
 
 def fill(place, counts: dict[str, int], suffixes=(".png", ".jpg", ".JPEG")) -> None:
-    """A sub-folder for each class with that many pictures."""
-    number = itertools.count(len(str(place)))
+    """A sub-folder for each class with that many pictures, the same wherever `place` lies."""
+    number = itertools.count(zlib.crc32(place.name.encode()))
     for name, count in counts.items():
         (place / name).mkdir(parents=True)
         for i in range(count):
@@ -92,8 +93,10 @@ def test_without_augmentation_the_middle_is_seen(pets):
         with Image.open(pets / split.images.names[i]) as image:
             scaled = image.convert("RGB").resize((341, 256), Image.Resampling.BILINEAR)
         expected = np.asarray(scaled)[16:240, 58:282].transpose(2, 0, 1) / 255
-        difference = np.abs(images[i].numpy() - expected)  # to a fraction of a pixel: 40 x 30 is not 341 x 256
-        assert np.median(difference) < 1e-6 and difference.mean() < 0.01
+        # To a fraction of a pixel, as 40 x 30 is not 341 x 256; around what JPEG leaves of edges, to a level.
+        difference = np.abs(images[i].numpy() - expected)
+        level = 0 if split.images.names[i].endswith(".png") else 1 / 255
+        assert np.median(difference) < level + 1e-6 and difference.mean() < 0.005
 
 
 def test_augmentation_sees_256_and_crops_reach_all_of_it(tmp_path):
