@@ -353,8 +353,8 @@ template <class S> struct Passes {
         start(c0, c1);
         if (sums) {
           spread(KS);
-          // Where there is a second pass, that of the group before has asked for what this one reads.
           for (int n = 0; n < N; ++n) fill_zero(lane_sums + n * lanes_step, lanes);
+          // Where there is a second pass, that of the group before has asked for what this first one reads.
           sum_lanes<T, KS, N>(0, s.n, view.length, first, last, second ? 0 : lanes, {lane_values, lanes_step}, lane_sums, lanes_step, term);
           for (int n = 0; n < N; ++n)
             for (int64_t c = 0; c < c1 - c0; ++c) lane_sums[n * lanes_step + c] = sum_of(lane_sums + n * lanes_step + c * s.hw, s.hw);

@@ -144,14 +144,7 @@ template <class S, class I> struct MaxPool {
     }
   }
 
-  // f(std::integral_constant<int, K>): K is 2 or 3 where windows are as many rows and columns, which the compiler then unrolls.
-  template <class F> void with_window(F&& f) const {
-    if (p.r == 2 && p.s == 2) f(std::integral_constant<int, 2>{});
-    else if (p.r == 3 && p.s == 3) f(std::integral_constant<int, 3>{});
-    else f(std::integral_constant<int, 0>{});
-  }
-
-  template <int K> void forward_by_pixels() const {
+  void forward_by_pixels() const {
     int64_t row_step = p.dilation_h * p.w * p.c, pixel_step = p.dilation_w * p.c, ahead = p.stride_h * p.w * p.c;
     parallel(pool, p.n * p.p, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
@@ -162,23 +155,18 @@ template <class S, class I> struct MaxPool {
           int64_t x = q * p.stride_w - p.pad_w, out = (task * p.q + q) * p.c;
           Range columns = valid(x, p.s, p.dilation_w, p.w);
           bool none = rows.begin == rows.end || columns.begin == columns.end;
-          bool whole_window = K > 0 && rows.end - rows.begin == K && columns.end - columns.begin == K;
           const S* window = image + (y * p.w + x) * p.c;
           channels([&]<int N, bool whole>(const Vectors<N, whole>& of) __attribute__((always_inline)) {
             Largest largest[N];
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].tap = every(none ? -1 : rows.begin * p.s + columns.begin);
-            auto meet = [&](int64_t r, int64_t s, int64_t tap) __attribute__((always_inline)) {
-              const S* from = window + r * row_step + s * pixel_step;
-              // What the windows below will meet first: of a row of outputs, memory is read a little here and a little there.
-              if (r + p.stride_h >= p.r && s + p.stride_w >= p.s)
-                CONVKIT_UNROLL for (int v = 0; v < N; ++v) __builtin_prefetch(from + of.at[v] + ahead);
-              CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(of.load_at(from, v), every(tap));
-            };
-            if (whole_window)
-              CONVKIT_UNROLL for (int tap = 0; tap < K * K; ++tap) meet(tap / max_of(K, 1), tap % max_of(K, 1), tap);
-            else
-              for (int64_t r = rows.begin; r < rows.end; ++r)
-                for (int64_t s = columns.begin; s < columns.end; ++s) meet(r, s, r * p.s + s);
+            for (int64_t r = rows.begin; r < rows.end; ++r)
+              for (int64_t s = columns.begin; s < columns.end; ++s) {
+                const S* from = window + r * row_step + s * pixel_step;
+                // What the windows below will meet first: of a row of outputs, memory is read a little here and a little there.
+                if (r + p.stride_h >= p.r && s + p.stride_w >= p.s)
+                  CONVKIT_UNROLL for (int v = 0; v < N; ++v) __builtin_prefetch(from + of.at[v] + ahead);
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v) largest[v].meet(of.load_at(from, v), every(r * p.s + s));
+              }
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
               if (a.relu) largest[v].relu();
               of.store_at(dst + out, v, largest[v].value);
@@ -191,7 +179,7 @@ template <class S, class I> struct MaxPool {
   }
 
   // Windows side by side: each output's gradient and tap are read once, for all pixels of its window.
-  template <int K> void grad_by_windows() const {
+  void grad_by_windows() const {
     parallel(pool, p.n * p.p, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t image = task / p.p, y = task % p.p * p.r, used = p.q * p.s, ahead = p.r * p.w * p.c;
@@ -202,18 +190,14 @@ template <class S, class I> struct MaxPool {
             Index tap[N];
             int64_t out = (task * p.q + q) * p.c;
             CONVKIT_UNROLL for (int v = 0; v < N; ++v) grad[v] = of.load_at(src + out, v), tap[v] = of.taps_at(taps + out, v);
-            auto put = [&](int64_t r, int64_t s, int64_t its) __attribute__((always_inline)) {
-              S* to = rows + (r * p.w + q * p.s + s) * p.c;
-              CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
-                __builtin_prefetch(to + of.at[v] + ahead, 1);
-                of.store_at(to, v, tap[v] == every(its) ? grad[v] : vec<T>{});
+            for (int64_t r = 0; r < p.r; ++r)
+              for (int64_t s = 0; s < p.s; ++s) {
+                S* to = rows + (r * p.w + q * p.s + s) * p.c;
+                CONVKIT_UNROLL for (int v = 0; v < N; ++v) {
+                  __builtin_prefetch(to + of.at[v] + ahead, 1);
+                  of.store_at(to, v, tap[v] == every(r * p.s + s) ? grad[v] : vec<T>{});
+                }
               }
-            };
-            if (K > 0)
-              CONVKIT_UNROLL for (int i = 0; i < K * K; ++i) put(i / max_of(K, 1), i % max_of(K, 1), i);
-            else
-              for (int64_t r = 0; r < p.r; ++r)
-                for (int64_t s = 0; s < p.s; ++s) put(r, s, r * p.s + s);
           });
         for (int64_t r = 0; r < p.r && used < p.w; ++r) fill_zero(rows + (r * p.w + used) * p.c, (p.w - used) * p.c);
         if (y + p.r == p.p * p.r) fill_zero(rows + p.r * p.w * p.c, (p.h - p.p * p.r) * p.w * p.c);
@@ -229,7 +213,7 @@ template <class S, class I> struct MaxPool {
 
   void grad_by_pixels() const {
     bool side_by_side = p.stride_h == p.r && p.stride_w == p.s && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == 0 && p.pad_w == 0;
-    if (side_by_side && p.p * p.r <= p.h && p.q * p.s <= p.w) return with_window([&](auto k) { grad_by_windows<k>(); });
+    if (side_by_side && p.p * p.r <= p.h && p.q * p.s <= p.w) return grad_by_windows();
     int64_t bytes = meeting_bytes(p);
     parallel(pool, p.n * p.h, [&](int64_t begin, int64_t end, int thread) {
       Meeting* meetings = reinterpret_cast<Meeting*>(workspace + thread * bytes);
@@ -460,7 +444,7 @@ int64_t max_pool_workspace(const MaxPoolArgs& a, int threads) {
 void max_pool(const MaxPoolArgs& a, void* workspace, const Pool& pool) {
   with_types(a, [&]<class S, class I>(Tag<S>, Tag<I>) {
     MaxPool<S, I> run(a, pool, workspace);
-    a.problem.layout == Layout::nhwc ? run.with_window([&](auto k) { run.template forward_by_pixels<k>(); }) : run.forward_by_planes();
+    a.problem.layout == Layout::nhwc ? run.forward_by_pixels() : run.forward_by_planes();
   });
 }
 
