@@ -29,7 +29,7 @@ demo: build
 bench: build
 	.venv/bin/convkit bench $(ARGS)
 
-# A process a core, up to eight, as most tests keep one busy. pytest alone runs them one after the other, as before a debugger.
+# A process a core, up to eight, as most tests keep one busy.
 test: build
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 

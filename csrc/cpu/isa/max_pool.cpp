@@ -205,11 +205,11 @@ template <class S, class I> struct MaxPool {
     });
   }
 
-  // A window that a pixel lies in: where its output is, and which tap the pixel is of it.
+  // A window that a pixel lies in: where its output is, and which tap the pixel is of it. Listed once for all channels.
   struct Meeting {
     int64_t out, tap;
   };
-  static int64_t meeting_bytes(const MaxPoolProblem& p) { return ceil_div(p.r * p.s * int64_t(sizeof(Meeting)), 64) * 64; }
+  static int64_t meeting_bytes(const MaxPoolProblem& p) { return ceil_div(min_of(p.r, p.p) * min_of(p.s, p.q) * int64_t(sizeof(Meeting)), 64) * 64; }
 
   void grad_by_pixels() const {
     bool side_by_side = p.stride_h == p.r && p.stride_w == p.s && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == 0 && p.pad_w == 0;
