@@ -295,14 +295,19 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   b.column_tiles = ceil_div(b.column_values, b.vectors * lanes);
   b.sums_of_split = a.groups * b.row_values * b.taps * b.columns_padded;
   int64_t units = a.groups * b.row_tiles;
-  b.parts = std::clamp<int64_t>(ceil_div(b.sums_of_split * element, kOuterPartBytes), 1, units);
+  // Of contiguous planes in groups, a part takes as few as fill a vector: so many whole images are one block.
+  int64_t groups = a.groups;
+  if (a.layout == Layout::nchw)
+    for (groups = 1; a.groups % groups != 0 || (groups < a.groups && groups * channels < lanes);) ++groups;
+  int64_t of_groups = a.groups / groups;
+  b.parts = std::min(ceil_div(ceil_div(b.sums_of_split * element, kOuterPartBytes), of_groups) * of_groups, units);
 
   // As many splits as keep a fair number of threads busy, but never a number that depends on them; nor do the blocks.
   constexpr int64_t kSplits = 8;
   auto apart = [&](int64_t values) { return values <= line ? values : (ceil_div(values, line) | 1) * line; };
-  b.x_pixel = b.merge_taps ? channels : apart(a.c);
+  b.x_pixel = b.merge_taps ? channels : apart(groups * channels);
   b.grad_pixel = !b.stage_grad ? a.k : apart(b.exchange ? a.k : std::min(a.k, ceil_div(units, b.parts) * b.rows));
-  int64_t x_values = b.merge_taps ? a.c : b.x_pixel;
+  int64_t x_values = b.merge_taps ? groups * channels : b.x_pixel;
   int64_t x_row = b.staged_w * x_values * element, grad_row = a.q * b.grad_pixel * element;
   int64_t row_bytes = std::max<int64_t>(1, grad_row + x_row * a.stride_h);
   bool thin = b.exchange && !b.stage_grad && kOuterThinBlockBytes / row_bytes >= a.r;  // or rows that blocks share add up

@@ -205,10 +205,10 @@ template <class S, class From> struct Outer {
   // from; nothing where that is not one run or one column after the other.
   Ahead ahead_of(const S* src, int64_t hw, int64_t c, int64_t first, int64_t last, int64_t channel, int64_t channels) const {
     bool nchw = p.layout == Layout::nchw;
-    if (nchw && (first % hw != 0 || last % hw != 0 || channels < c)) return {};
-    const char* at = reinterpret_cast<const char*>(src + first * c + (nchw ? 0 : channel));
+    if (nchw && (first % hw != 0 || last % hw != 0 || (channels < c && last - first > hw))) return {};
+    const char* at = reinterpret_cast<const char*>(src + first * c + channel * (nchw ? hw : 1));
     auto lines = [](int64_t values) { return ceil_div(values * int64_t(sizeof(S)), 64); };
-    if (channels == c) return {at, 64, lines((last - first) * c), 1};
+    if (nchw || channels == c) return {at, 64, lines((last - first) * channels), 1};
     return {at, c * int64_t(sizeof(S)), last - first, lines(channels)};
   }
 
