@@ -42,6 +42,8 @@ constexpr int64_t kDepthwiseTapsBytes = 256 << 10;
 constexpr int64_t kDepthwisePlanesBytes = 32 << 10;
 // Contiguous images up to this width are copied without padding: a run of whole vectors is worth more than rows without edges.
 constexpr int64_t kNarrowImage = 16;
+// Where less than this part of the taps lies inside of the source, tiles of one pixel of many images leave the others out.
+constexpr double kInside = 0.8;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
 // The planes of a task of the few-channel kernel, read and written.
@@ -86,6 +88,12 @@ int64_t pick_chain(DType t, int64_t terms, bool dots = false) {
   return terms <= 32 ? 32 : terms <= 64 ? 16 : terms <= 128 ? 32 : 64;
 }
 
+// How many of `all` to take at a time, at most `wanted` and at least one, so that the last time is no much smaller than the
+// others: threads would wait for each other.
+int64_t evenly(int64_t all, int64_t wanted) {
+  return all == 0 ? 1 : ceil_div(all, ceil_div(all, std::clamp<int64_t>(wanted, 1, all)));
+}
+
 // Vectors of columns a register tile takes: the count that wastes fewest lanes over all tiles, wider first.
 int pick_vectors(int64_t columns, int64_t lanes, const CpuFacts& f) {
   int64_t needed = ceil_div(columns, lanes), best_total = -1;
@@ -98,12 +106,28 @@ int pick_vectors(int64_t columns, int64_t lanes, const CpuFacts& f) {
   return best;
 }
 
-// Which part of the taps that the outputs along one axis meet in an input gradient of stride 1 lies inside of y's gradient.
-double taps_inside(int64_t outputs, int64_t source, int64_t taps, int64_t pad, int64_t dilation) {
-  int64_t inside = 0;
+// Which part of the taps that the outputs along one axis meet lies inside of the source.
+double taps_inside(int64_t outputs, int64_t source, int64_t taps, int64_t stride, int64_t pad, int64_t dilation, bool input_grad) {
+  int64_t met = 0, inside = 0;
   for (int64_t i = 0; i < outputs; ++i)
-    for (int64_t tap = 0; tap < taps; ++tap) inside += i + pad - tap * dilation >= 0 && i + pad - tap * dilation < source;
-  return double(inside) / double(outputs * taps);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      int64_t at = input_grad ? i + pad - tap * dilation : i * stride - pad + tap * dilation;
+      if (input_grad && at % stride != 0) continue;
+      if (input_grad) at /= stride;
+      ++met;
+      inside += at >= 0 && at < source;
+    }
+  return met == 0 ? 1 : double(inside) / double(met);
+}
+
+// Of small images, which part of the products the kernel of rows computes: with enough of them, it leaves taps in the padding
+// out where that is worth the gathering of a tile's pixels from many images.
+double products_inside(const ConvProblem& a, bool input_grad, const CpuFacts& f) {
+  int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
+  if (a.n < f.rows_for_vectors[2] || dst_h * dst_w > 1024) return 1;
+  double part = taps_inside(dst_h, input_grad ? a.p : a.h, a.r, a.stride_h, a.pad_top, a.dilation_h, input_grad) *
+                taps_inside(dst_w, input_grad ? a.q : a.w, a.s, a.stride_w, a.pad_left, a.dilation_w, input_grad);
+  return part < kInside ? part : 1;
 }
 
 RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
@@ -122,19 +146,18 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   b.staged_w = b.merge_taps ? (a.q - 1) * a.stride_w + a.s : b.src_w;
   b.taps = b.merge_taps ? a.r : a.r * a.s;
   b.depth = b.merge_taps ? a.s * a.c : b.src_c / a.groups;
-  b.across_images = b.input_grad && a.stride_h == 1 && a.stride_w == 1 && b.taps > 1 && b.dst_h * b.dst_w <= 1024 && a.n >= f.rows_for_vectors[2] &&
-                    taps_inside(a.h, a.p, a.r, a.pad_top, a.dilation_h) * taps_inside(a.w, a.q, a.s, a.pad_left, a.dilation_w) < 0.8;
   b.chain = pick_chain(a.dtype, b.taps * b.depth, b.dots);
   b.group_columns = b.dst_c / a.groups;
-  b.blocks_dst = b.stage_dst && !b.across_images && (!b.input_grad || (a.stride_h == 1 && a.stride_w == 1)) && b.group_columns >= lanes;
   b.vectors = pick_vectors(b.group_columns, lanes, f);
   b.rows = f.rows_for_vectors[b.vectors];
   b.column_tiles = ceil_div(b.group_columns, b.vectors * lanes);
+  b.across_images = !b.merge_taps && products_inside(a, b.input_grad, f) < 1;
+  b.blocks_dst = b.stage_dst && !b.across_images && (!b.input_grad || (a.stride_h == 1 && a.stride_w == 1)) && b.group_columns >= lanes;
 
   int64_t src_bytes = b.stage_src ? b.staged_h * b.staged_w * b.src_c * operand : 0;
   int64_t dst_bytes = b.stage_dst ? b.dst_h * b.dst_w * b.dst_c * element : 0;  // through the caches, block by block as well
   int64_t per_image = src_bytes + dst_bytes;
-  b.images_per_chunk = per_image == 0 ? a.n : std::clamp<int64_t>(kStagedBytes / per_image, 1, a.n);
+  b.images_per_chunk = per_image == 0 ? a.n : evenly(a.n, kStagedBytes / per_image);
 
   // About 16 register tiles share a pass over the weights of a column tile; fewer where the table would grow too large
   // or threads would go short of tasks.
@@ -142,7 +165,7 @@ RowsPlan plan_rows(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace
   int64_t tiles = ceil_div(b.images_per_chunk * b.dst_h * b.dst_w, b.rows);
   int64_t columns = b.column_tiles * a.groups;
   int64_t wanted_blocks = ceil_div(int64_t(f.threads) * 8, columns);
-  b.tiles_per_block = std::clamp<int64_t>(std::min(kTableBytes / entry, ceil_div(tiles, wanted_blocks)), 1, 16);
+  b.tiles_per_block = evenly(tiles, std::min<int64_t>({kTableBytes / entry, ceil_div(tiles, wanted_blocks), 16}));
 
   b.panels = ws.take(a.groups * b.column_tiles * b.taps * b.depth * b.vectors * lanes * element);
   b.zeros = ws.take((b.src_c + 2 * a.groups * b.column_tiles * b.vectors * lanes) * element);
@@ -219,12 +242,14 @@ PointwisePlan plan_pointwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
   int64_t depth = (b.input_grad ? a.k : a.c) / a.groups, dst_c = b.input_grad ? a.c : a.k;
   b.dots = multiplies_pairs(a, f) && depth % 2 == 0;
   int64_t vectors = f.rows_for_vectors[4] > 0 ? 3 : 2, rows = 8;
-  int64_t panel_bytes = depth * vectors * lanes * (b.dots ? 2 : element), panels = ceil_div(a.n * a.p * a.q, vectors * lanes);
-  b.panels_per_task = std::clamp<int64_t>(kPointwiseBytes / panel_bytes, 1, ceil_div(panels * a.groups, f.threads * 4));
+  int64_t line = std::max(lanes, 64 / storage_bytes(a.dtype)), lines = ceil_div(a.n * a.p * a.q, line);
+  b.tasks = ceil_div(lines, std::max<int64_t>(1, kPointwiseBytes / (depth * line * (b.dots ? 2 : element))));
+  while (b.tasks * a.groups % f.threads != 0 && b.tasks < lines) ++b.tasks;  // or threads would wait for each other
+  b.pixels_per_task = ceil_div(lines, b.tasks) * line;
   b.stream = streams(a.n * a.p * a.q * dst_c * storage_bytes(a.dtype), f);
   b.chain = pick_chain(a.dtype, depth, b.dots);
   b.weights = ws.take((dst_c * depth + 2 * dst_c + rows) * element);
-  b.scratch_bytes = ceil_div(b.panels_per_task * panel_bytes + rows * vectors * lanes * element, 64) * 64;
+  b.scratch_bytes = ceil_div(b.pixels_per_task * depth * (b.dots ? 2 : element) + rows * vectors * lanes * element, 64) * 64;
   b.scratch = ws.take(f.threads * b.scratch_bytes);
   return b;
 }
@@ -458,8 +483,7 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
   // The direct kernels for few channels fill their vectors, and bf16's may have products at twice the rate.
   double direct = double(a.n * b.dst_h * b.dst_w) * double(a.r * a.s) * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
   if (multiplies_pairs(a, f)) direct *= 0.55;
-  // Of small images, taps in the padding are left out.
-  if (b.input_grad && a.r == 5) direct *= taps_inside(a.h, a.p, a.r, a.pad_top, 1) * taps_inside(a.w, a.q, a.s, a.pad_left, 1);
+  if (pass != Pass::weight_grad) direct *= products_inside(a, b.input_grad, f);
   if (pass == Pass::weight_grad) {
     if (merge_few_channels(a)) return false;
     double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
@@ -527,7 +551,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       break;
     }
     case ConvKernel::pointwise: {
-      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.panels_per_task) + " panels a task" + (plan.pointwise.dots ? ", channels in pairs" : "");
+      out += "pointwise_" + std::string(f.isa) + ", " + num(plan.pointwise.pixels_per_task) + " pixels a task" + (plan.pointwise.dots ? ", channels in pairs" : "");
       break;
     }
     case ConvKernel::grouped: {

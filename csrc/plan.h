@@ -71,7 +71,8 @@ struct PlanesPlan {
 struct PointwisePlan {
   bool input_grad;
   bool dots;                // of pairs of channels of bf16
-  int64_t panels_per_task;  // copied, and multiplied with all filters
+  int64_t tasks;            // of a group: each copies its pixels as panels, and multiplies them with all filters
+  int64_t pixels_per_task;  // at most
   bool stream;              // write past the caches
   int64_t chain;            // products summed before they are added to a total
   Piece weights, scratch;

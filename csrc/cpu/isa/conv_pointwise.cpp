@@ -25,7 +25,8 @@ template <class From, class D> CONVKIT_INLINE void copy_strided(From from, int64
 // X: what its products are of. From: what panels are copied from, of bf16 pairs of channels.
 template <class S, class X, class From> struct Pointwise {
   using T = compute_t<X>;
-  static constexpr int kWidth = kVectors * kLanes<T>;
+  static constexpr int64_t kRun = max_of<int64_t>(kLanes<T>, kLine<S>);  // pixels, whole lines of them: tasks begin with one
+  static constexpr int L = kLanes<T>, kWidth = kVectors * L;
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
@@ -71,16 +72,25 @@ template <class S, class X, class From> struct Pointwise {
     }
   }
 
-  // Pixels [first, first + count), all channels of a group -> panels[panel][steps of the depth][kWidth].
-  void stage(From src, int64_t group, int64_t first, int64_t count, T* panels) const {
-    int64_t steps = depth / Operand<X>::kDepth, panel_size = steps * kWidth, whole = ceil_div(count, kWidth) * kWidth;
+  // Vectors of pixels, dealt out to as few panels as can hold them, evenly.
+  struct Panels {
+    int64_t count, least, wider;  // panels; vectors of each; how many of the first have one more
+    explicit Panels(int64_t vectors) : count(ceil_div(vectors, kVectors)), least(vectors / count), wider(vectors % count) {}
+    int64_t width(int64_t panel) const { return (least + (panel < wider)) * L; }
+  };
+
+  // Pixels [first, first + count), all channels of a group -> panels[panel][steps of the depth][pixels].
+  void stage(From src, int64_t group, int64_t first, int64_t count, T* to) const {
+    int64_t steps = depth / Operand<X>::kDepth, vectors = ceil_div(count, L);
+    Panels panels(vectors);
     for (int64_t step = 0; step < steps; ++step) {
-      int64_t c = step * Operand<X>::kDepth;
-      auto place = [&](int64_t lane) { return panels + lane / kWidth * panel_size + step * kWidth + lane % kWidth; };
+      int64_t c = step * Operand<X>::kDepth, panel = 0, begin = 0, width = panels.width(0);
+      auto place = [&](int64_t lane) { return to + begin * steps + step * width + lane - begin; };
       // A run of neighbours in memory, split where panels end.
       auto run = [&](From from, int64_t apart, int64_t n, int64_t lane) {
         while (n > 0) {
-          int64_t piece = min_of(n, kWidth - lane % kWidth);
+          if (lane == begin + width) begin = lane, width = panels.width(++panel);
+          int64_t piece = min_of(n, begin + width - lane);
           copy_strided(from, apart, place(lane), piece);
           from = from + piece * apart, lane += piece, n -= piece;
         }
@@ -94,7 +104,7 @@ template <class S, class X, class From> struct Pointwise {
           lane += piece, n -= piece;
         }
       });
-      if (count < whole) fill_zero(place(count), whole - count);
+      if (count < vectors * L) fill_zero(place(count), vectors * L - count);
     }
   }
 
@@ -115,11 +125,12 @@ template <class S, class X, class From> struct Pointwise {
   // src: the tensor, or pairs of its neighbouring channels.
   void run(From src) const {
     pack();
-    int64_t block = plan.panels_per_task * kWidth, row_tiles = ceil_div(filters, kRows);
-    bool streamed = plan.stream && !scattered && pq % kLine<S> == 0 && kWidth % kLine<S> == 0 && streamable(a.dst);
-    parallel(pool, ceil_div(pixels, block) * p.groups, [&](int64_t begin, int64_t end, int thread) {
-      X* panels = reinterpret_cast<X*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
-      S* aside = reinterpret_cast<S*>(panels + plan.panels_per_task * depth * kWidth);
+    int64_t row_tiles = ceil_div(filters, kRows), runs = ceil_div(pixels, kRun);
+    bool streamed = plan.stream && !scattered && pq % kLine<S> == 0 && streamable(a.dst);
+    constexpr RowsTileFn<X, S> kTiles[] = {nullptr, rows_tile<X, S, kRows, 1>, rows_tile<X, S, kRows, 2>, rows_tile<X, S, kRows, kVectors>};
+    parallel(pool, plan.tasks * p.groups, [&](int64_t begin, int64_t end, int thread) {
+      X* staged = reinterpret_cast<X*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
+      S* aside = reinterpret_cast<S*>(staged + plan.pixels_per_task * depth);
       const X* rows[kRows];
       S* dst[kRows];
       const int64_t no_offset = 0;
@@ -132,14 +143,17 @@ template <class S, class X, class From> struct Pointwise {
       tile.scale = tile.bias = nullptr;
       tile.relu = a.relu;
       for (int64_t i = begin; i < end; ++i) {
-        int64_t group = i % p.groups, first = i / p.groups * block, count = min_of(block, pixels - first);
-        stage(src, group, first, count, reinterpret_cast<T*>(panels));
+        int64_t group = i % p.groups, task = i / p.groups, first = runs * task / plan.tasks * kRun;
+        int64_t count = min_of(runs * (task + 1) / plan.tasks * kRun, pixels) - first;
+        Panels panels(ceil_div(count, L));
+        stage(src, group, first, count, reinterpret_cast<T*>(staged));
         for (int64_t t = 0; t < row_tiles; ++t)
-          for (int64_t lane = 0; lane < count; lane += kWidth) {
+          for (int64_t panel = 0, lane = 0, width; panel < panels.count; ++panel, lane += width) {
+            width = panels.width(panel);
             int64_t channel = group * filters + t * kRows, at = (first + lane) % pq;
-            tile.columns = int(min_of<int64_t>(kWidth, count - lane));
+            tile.columns = int(min_of(width, count - lane));
             tile.valid_rows = int(min_of<int64_t>(kRows, filters - t * kRows));
-            tile.panel = panels + lane * depth;
+            tile.panel = staged + lane * depth;
             tile.row_scale = a.scale == nullptr ? nullptr : scale() + channel;
             tile.row_bias = a.bias == nullptr ? nullptr : bias() + channel;
             bool direct = at + tile.columns <= pq && !scattered;
@@ -149,7 +163,7 @@ template <class S, class X, class From> struct Pointwise {
               rows[m] = weights() + (channel + min_of(m, tile.valid_rows - 1)) * depth;
               dst[m] = direct ? out + m * dst_plane : aside + m * kWidth;
             }
-            tile.streamed = streamed && direct;
+            tile.streamed = streamed && direct && at % kLine<S> == 0 && width % kLine<S> == 0;
             // Of a tile that goes aside, f(place in the tensor, place aside, bytes) for what lies together.
             auto each_run = [&](auto&& f) {
               each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
@@ -160,7 +174,7 @@ template <class S, class X, class From> struct Pointwise {
               each_run([&](int64_t place, S* to, size_t bytes) { std::memcpy(static_cast<void*>(to), static_cast<const S*>(a.residual) + place, bytes); });
               tile.residual = tile.origin = aside;
             }
-            rows_tile<X, S, kRows, kVectors>(tile);
+            kTiles[width / L](tile);
             if (scattered)
               each_image(first + lane, tile.columns, [&](int64_t image, int64_t pixel, int64_t n, int64_t from) {
                 for (int m = 0; m < tile.valid_rows; ++m) {

@@ -61,6 +61,9 @@ CONVKIT_INLINE int64_t source(int64_t i, int64_t tap, int64_t stride, int64_t pa
   return at < 0 || at % stride != 0 || at / stride >= size ? -1 : at / stride;
 }
 
+// Weights of a column that a task packs: enough to be read as streams, few enough for many tasks.
+constexpr int64_t kPackedRun = 256;
+
 // X: what its products are of.
 template <class S, class X> struct Rows {
   using T = compute_t<X>;
@@ -87,20 +90,24 @@ template <class S, class X> struct Rows {
     const S* weight = static_cast<const S*>(a.weight);
     const WeightStrides& st = a.weight_strides;
     // The filters of a group are columns going forward and depth going back.
-    int64_t column_stride = plan.input_grad ? st.c : st.k, depth_stride = plan.input_grad ? st.k : st.c;
-    constexpr int64_t kDepthPiece = 32;
-    int64_t pieces = ceil_div(plan.depth, kDepthPiece), filters_of_group = p.k / p.groups;
+    int64_t column_stride = plan.input_grad ? st.c : st.k, depth_stride = plan.merge_taps ? 0 : plan.input_grad ? st.k : st.c;
+    int64_t tap_stride = plan.merge_taps || st.r != p.s * st.s ? 0 : st.s, taps = plan.taps, depth = plan.depth;
+    int64_t filters_of_group = p.k / p.groups, channels_of_group = p.c / p.groups;
+    bool run = !plan.input_grad && st.c == 1 && st.s == channels_of_group && st.r == p.s * st.s && depth % Operand<X>::kDepth == 0;
+    if (run) depth *= taps, taps = depth_stride = 1;  // a filter lies as a column of the panel does
+    int64_t piece_of_depth = max_of<int64_t>(16, kPackedRun / taps / 2 * 2), pieces = ceil_div(depth, piece_of_depth);
     parallel(pool, p.groups * plan.column_tiles * pieces, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        int64_t piece = i % pieces, tile = i / pieces % plan.column_tiles, group = i / pieces / plan.column_tiles;
+        int64_t piece = i % pieces * piece_of_depth, tile = i / pieces % plan.column_tiles, group = i / pieces / plan.column_tiles;
         int64_t first = tile * width, columns = min_of(width, plan.group_columns - first);
         const S* from = weight + group * filters_of_group * st.k + first * column_stride;
         X* panel = panels + (group * plan.column_tiles + tile) * panel_size;
-        pack_panel(panel, plan.taps, piece * kDepthPiece, min_of(plan.depth, (piece + 1) * kDepthPiece), plan.depth, width,
-                      columns, column_stride, plan.merge_taps ? 0 : depth_stride, [&](int64_t tap, int64_t d) {
-                        if (plan.merge_taps) return from + tap * st.r + d / p.c * st.s + d % p.c * st.c;
-                        return from + tap / p.s * st.r + tap % p.s * st.s + d * depth_stride;
-                      });
+        pack_panel(panel, taps, piece, min_of(depth, piece + piece_of_depth), depth, width, columns, column_stride, depth_stride, tap_stride,
+                   [&](int64_t tap, int64_t d) {
+                     if (run) return from + d;
+                     if (plan.merge_taps) return from + tap * st.r + d / p.c * st.s + d % p.c * st.c;
+                     return from + tap / p.s * st.r + tap % p.s * st.s + d * depth_stride;
+                   });
       }
     });
     fill_zero(zeros, plan.src_c);
@@ -159,7 +166,7 @@ template <class S, class X> struct Rows {
     for (int64_t tile = 0; tile * MR < pixels; ++tile) {
       const X** rows = t.rows + tile * plan.taps * MR;
       int64_t valid = min_of(MR, pixels - tile * MR);
-      if (!plan.input_grad) {
+      if (!plan.input_grad && !plan.across_images) {
         Cursor start = at;
         bool clear = true;
         for (int64_t m = 0; m < valid;) {  // neighbours of a row at a time

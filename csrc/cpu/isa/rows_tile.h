@@ -206,20 +206,29 @@ template <class X, class S> RowsTileFn<X, S> rows_tile_for(int vectors) {
 }
 
 // Weights as the tile reads them: panel[tap][depth][columns], zero beyond the last column. Strides are the source's, in
-// elements, of which `source` gives the first weight of (tap, depth step); depth_stride 0 where steps are not evenly apart.
+// elements, of which `source` gives the first weight of (tap, depth step); 0 where steps, or taps, are not evenly apart.
+// What lies side by side of a column, its depth or its taps, is transposed a vector of columns at a time: as many streams.
 template <class X, class Source> requires(Operand<X>::kDepth == 1)
-CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth,
-                               int64_t width, int64_t columns, int64_t column_stride, int64_t depth_stride, Source&& source) {
-  bool across = depth_stride == 1 && column_stride != 1;
-  for (int64_t t = 0; across && t < taps; ++t)
-    transpose_block(source(t, depth_begin), column_stride, panel + (t * depth + depth_begin) * width, width, columns, depth_end - depth_begin);
+CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth, int64_t width,
+                               int64_t columns, int64_t column_stride, int64_t depth_stride, int64_t tap_stride, Source&& source) {
+  bool deep = depth_stride == 1 && column_stride != 1, wide = !deep && tap_stride == 1 && taps > 1;
+  for (int64_t i = 0; (deep || wide) && i < columns; i += kLanes<X>) {
+    int64_t lanes = min_of<int64_t>(kLanes<X>, columns - i);
+    X* to = panel + i;
+    for (int64_t t = 0; deep && t < taps; ++t)
+      transpose_block(source(t, depth_begin) + i * column_stride, column_stride, to + (t * depth + depth_begin) * width, width, lanes, depth_end - depth_begin);
+    for (int64_t d = depth_begin; wide && d < depth_end; ++d)
+      transpose_block(source(0, d) + i * column_stride, column_stride, to + d * width, depth * width, lanes, taps);
+  }
   for (int64_t d = depth_begin; d < depth_end; ++d)
     for (int64_t t = 0; t < taps; ++t) {
-      auto from = source(t, d);
       X* to = panel + (t * depth + d) * width;
-      if (column_stride == 1) copy_values(from, to, columns);
-      else
-        for (int64_t j = 0; !across && j < columns; ++j) to[j] = get(from + j * column_stride);
+      if (!deep && !wide) {
+        auto from = source(t, d);
+        if (column_stride == 1) copy_values(from, to, columns);
+        else
+          for (int64_t j = 0; j < columns; ++j) to[j] = get(from + j * column_stride);
+      }
       for (int64_t j = columns; j < width; ++j) to[j] = 0;
     }
 }
@@ -228,7 +237,7 @@ CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int6
 // The same of pairs: panel[tap][depth / 2][columns][2]. Pieces of the depth begin at even steps.
 template <class X, class Source> requires(Operand<X>::kDepth == 2)
 CONVKIT_INLINE void pack_panel(X* panel, int64_t taps, int64_t depth_begin, int64_t depth_end, int64_t depth,
-                               int64_t width, int64_t columns, int64_t column_stride, int64_t depth_stride, Source&& source) {
+                               int64_t width, int64_t columns, int64_t column_stride, int64_t depth_stride, int64_t, Source&& source) {
   float* pairs = reinterpret_cast<float*>(panel);
   // Neighbours along the depth are pairs where they lie.
   bool across = depth_stride == 1 && column_stride != 1 && column_stride % 2 == 0 && depth_end % 2 == 0;

@@ -51,7 +51,7 @@ template <class S> void run(const SeparableArgs& a, const Pool& pool) {
   const S* pointwise = static_cast<const S*>(a.pointwise_weight);
   for (int64_t tile = 0; tile < z.tiles; ++tile) {
     int64_t first = tile * z.width, columns = min_of(z.width, a.filters - first);
-    pack_panel(panels + tile * p.k * z.width, 1, 0, p.k, p.k, z.width, columns, a.pointwise_strides.k, a.pointwise_strides.c,
+    pack_panel(panels + tile * p.k * z.width, 1, 0, p.k, p.k, z.width, columns, a.pointwise_strides.k, a.pointwise_strides.c, 0,
                   [&](int64_t, int64_t d) { return pointwise + first * a.pointwise_strides.k + d * a.pointwise_strides.c; });
   }
   const S* depthwise = static_cast<const S*>(a.depthwise_weight);
