@@ -313,7 +313,7 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   b.row_values = b.exchange ? b.depth : a.k / a.groups;
   b.column_values = b.exchange ? a.k : b.depth;
   b.columns_padded = ceil_div(b.column_values, lanes) * lanes;
-  b.chain = a.n * a.p * a.q <= 512 && a.dtype != DType::f64 && !b.dots ? 16 : pick_chain(a.dtype, a.n * a.p * a.q, b.dots);
+  b.chain = a.n * a.p * a.q <= 256 && a.dtype != DType::f64 && !b.dots ? 16 : pick_chain(a.dtype, a.n * a.p * a.q, b.dots);
   b.vectors = f.rows_for_vectors[4] > 0 && b.columns_padded % (4 * lanes) == 0 ? 4 : b.column_values > lanes ? 2 : 1;
   b.row_tiles = ceil_div(b.row_values, f.rows_for_vectors[b.vectors]);
   b.rows = int(ceil_div(b.row_values, b.row_tiles));  // tiles of equal height rather than a short last one
@@ -340,10 +340,13 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   if (b.flat && a.layout == Layout::nhwc) rows = std::min(rows, kOuterPixels);
   int64_t whole = a.layout == Layout::nchw ? problem.p * problem.q : b.chain;  // images or chains
   if (b.flat && rows > whole) rows = rows / whole * whole;
-  b.images_per_block = std::clamp<int64_t>(rows / a.p, 1, std::max<int64_t>(1, a.n / kSplits));
-  b.rows_per_block = b.images_per_block > 1 ? a.p : std::clamp<int64_t>(rows, 1, std::min(a.p, ceil_div(a.n * a.p, kSplits)));
+  int64_t most_splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, kSplits);
+  b.images_per_block = std::clamp<int64_t>(rows / a.p, 1, std::max<int64_t>(1, a.n / most_splits));
+  b.rows_per_block = b.images_per_block > 1 ? a.p : evenly(a.p, std::min(rows, ceil_div(a.n * a.p, most_splits)));
   int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
-  b.splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, std::min(blocks, kSplits));
+  // Not so many that some would have a block more than others, and threads with others wait.
+  b.splits = std::min(blocks, most_splits);
+  while (8 * (ceil_div(blocks, b.splits) * b.splits - blocks) >= blocks) --b.splits;
   b.parts = std::min(b.parts * (f.threads / std::gcd<int64_t>(f.threads, b.splits * b.parts)), units);
 
   b.sums = ws.take(b.splits * b.sums_of_split * element);
