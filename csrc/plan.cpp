@@ -262,30 +262,31 @@ bool use_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t width = a.c / a.groups;
   if (a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16) || multiplies_pairs(a, f)) return false;
   if (a.layout == Layout::nchw && width > f.vector_bytes / compute_bytes(a.dtype)) return false;  // transposing costs more than is won
-  if (a.s != 3 || a.stride_h != 1 || a.stride_w != 1 || a.dilation_w != 1 || a.pad_left > 2) return false;
+  if (a.s != 3 || a.stride_h != a.stride_w || a.stride_h > 2 || (a.stride_h == 2 && a.dilation_h != 1) || a.dilation_w != 1 || a.pad_left > 2) return false;
   int64_t top = pass == Pass::input_grad ? a.dilation_h * (a.r - 1) - a.pad_top : a.pad_top;
   return a.c % grouped_channels(a) == 0 && std::abs(top) <= 64 + a.h && a.dilation_h * (a.r - 1) <= 64 + a.h;
 }
 
 GroupedPlan plan_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   GroupedPlan b{};
-  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element, reach = a.dilation_h * (a.r - 1);
-  b.input_grad = pass == Pass::input_grad;
+  int64_t element = compute_bytes(a.dtype), lanes = f.vector_bytes / element;
+  b.input_grad = pass == Pass::input_grad, b.stride = a.stride_h, b.reach = a.dilation_h * (a.r - 1);
   b.channels = grouped_channels(a);
-  int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q;
-  b.top = b.input_grad ? reach - a.pad_top : a.pad_top, b.left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  int64_t dst_h = b.input_grad ? a.h : a.p, dst_w = b.input_grad ? a.w : a.q, up = b.input_grad ? b.stride : 1;
+  int64_t left = b.input_grad ? 2 - a.pad_left : a.pad_left;
+  b.top = b.input_grad ? b.reach - a.pad_top : a.pad_top, b.left = left / up, b.odd = left % up != 0;
   int64_t outputs = 0;
   for (int64_t tile : {14, 8, 7, 4}) {
-    // Sixteen registers hold the sums of 8 pixels.
-    if (tile == 14 && f.rows_for_vectors[4] == 0) continue;
+    // Sixteen registers hold the sums of 8 pixels. Tiles begin where a source does.
+    if ((tile == 14 && f.rows_for_vectors[4] == 0) || tile % up != 0) continue;
     int64_t all = ceil_div(dst_w, tile) * tile;
     if (b.tile == 0 || all < outputs) b.tile = tile, outputs = all;
   }
-  b.columns = outputs + 2;
-  auto bytes = [&](int64_t rows) { return (rows + reach) * b.columns * b.channels * element; };
+  b.columns = b.input_grad ? (outputs + 1) / up + 1 : (outputs - 1) * b.stride + 3;
+  auto bytes = [&](int64_t rows) { return b.source_rows(rows) * b.columns * b.channels * element; };
   b.rows_per_task = dst_h;
   while (b.rows_per_task > 1 && (bytes(b.rows_per_task) > kGroupedBytes || a.n * ceil_div(dst_h, b.rows_per_task) < 2 * f.threads)) b.rows_per_task = ceil_div(b.rows_per_task, 2);
-  b.rows = b.rows_per_task + reach;
+  b.rows = b.source_rows(b.rows_per_task);
   b.stream = streams(a.n * a.c * dst_h * dst_w * storage_bytes(a.dtype), f);
   b.weights = ws.take(ceil_div(a.c, lanes) * lanes * a.r * (a.c / a.groups) * 3 * element);
   b.scratch_bytes = ceil_div(bytes(b.rows_per_task) + outputs * b.channels * element, 64) * 64;

@@ -82,14 +82,20 @@ struct PointwisePlan {
 // Forward and input gradient, groups of few channels to as many: vectors of channels, of one group or more.
 struct GroupedPlan {
   bool input_grad;
+  int64_t stride;           // 1 or 2
   int64_t channels;         // copied together: whole lines and whole groups
   int64_t tile;             // pixels of a register tile
-  int64_t top, left;        // rows and columns of zeros before the first of the source
+  int64_t top, left;        // rows that taps reach above output 0's place, and columns of zeros before the first of the source
+  bool odd;                 // input gradient of stride 2: no source column stands where the first tap of output 0 does
+  int64_t reach;            // rows from the first tap to the last
   int64_t rows_per_task;    // of the output
   int64_t rows, columns;    // of the copy
   bool stream;              // write past the caches
   Piece weights, scratch;
   int64_t scratch_bytes;    // of one thread: the copy, and a row of outputs
+
+  // At most, for so many rows of the output.
+  int64_t source_rows(int64_t n) const { return input_grad ? (n - 1 + reach) / stride + 1 : (n - 1) * stride + reach + 1; }
 };
 
 // Weight gradient: sums of outer products of output-gradient pixels and input pixels, tile by tile of the weight. Rows of

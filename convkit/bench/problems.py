@@ -434,6 +434,8 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n2c2h4w35k18r3s3p1",
         "n2c8h4w19k40r3s3p1g2",
         "n1c16h4w37k48r3s3p1g2",
+        # panels of one, two and three vectors of pixels
+        *(f"n1c16h{h}w8k9r1s1" for h in (2, 3, 5, 7, 9, 13)),
         # blocks of pixels that end in another image
         "n5c20h5w5k40r3s3p1",
         # filter shapes
@@ -456,6 +458,10 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n1c6h9w9k8r3s3u3x1p1",
         "n1c6h12w7k16r5s5u2p2",
         "n1c6h7w7k9r3s3u5p1",
+        # one pixel of many images, without the taps in the padding
+        "n15c6h4w4k8r4s4u2p1",
+        "n17c18h3w3k20r3s3u2p1",
+        "n15c8h3w4k10r5s4p2x1g2",
         # dilation, alone, with stride, rectangular
         "n1c6h9w9k8r3s3p2d2",
         "n1c6h11w9k8r3s3d3",
@@ -498,6 +504,14 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n3c16h19w8k16r3s3p1g4",
         "n1c20h5w6k20r3s3p1g5",
         "n1c32h6w9k32r3s3u1x2p1g4",
+        *(f"n1c32h5w{w}k32r3s3u2p1g{g}" for g in (8, 4, 2) for w in (5, 11, 13, 16, 27)),
+        *(f"n1c32h8w9k32r3s3u2p{p}g4" for p in ("0", "2", "0x1x2x0", "5x1")),
+        "n2c32h7w6k32r1s3u2p0x1g4",
+        "n1c32h12w7k32r5s3u2p2x1g8",
+        "n3c16h35w6k16r3s3u2p1g2",
+        # contiguous groups, as many at a time as fill a vector
+        "n9c24h5w5k36r3s3p1g6",
+        "n2c40h4w4k60r3s3p1g20",
         # depthwise: channels around vectors, then multiplier, filter, stride, dilation, padding
         *(f"n2c{c}h5w6k{c}r3s3p1g{c}" for c in _AROUND_TILES),
         *(f"n1c{c}h7w5k{c}r3s3u2p1g{c}" for c in (3, 16, 17, 40)),

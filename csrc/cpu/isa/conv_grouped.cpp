@@ -1,5 +1,5 @@
 // Forward and input gradient in groups of few channels, 4, 8 or 16 that go to as many, with filters three wide and stride 1
-// (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups where these are
+// or 2 (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups where these are
 // narrower.
 //
 // What a lane multiplies is a channel of its own group: channel i of each group of a source vector is spread over the
@@ -7,6 +7,8 @@
 // of the filter. The sums of up to 14 neighbouring pixels stay in registers: 1.2 shuffles for 3 multiply-adds.
 // A task copies a line of channels of its rows, with zeros around them, so that tiles have no edges and the pixels, far
 // apart in a channels-last image, lie side by side; contiguous planes are transposed by it.
+// The input gradient is the forward pass of the flipped filter over a gradient with zeros between its rows and columns; those
+// of stride 2 are not there: where the sources of a tile stand is known when it is compiled, and rows of zeros are left out.
 #include "../kernels.h"
 #include "staging.h"
 #include "vec.h"
@@ -22,7 +24,13 @@ template <class T> struct GroupedTile {
   const T* weights;  // [filter row][channel of the group][kWide][lanes]
   T* out;
   int64_t pixel, row;  // elements from pixel to pixel, of source and output, and from filter row to filter row
+  int64_t filter_row;  // elements from filter row to filter row of the weights
   int64_t filter_rows;
+};
+
+// Columns, counted from the first tap of a tile's first output: source j stands at kSource * j + kFirst, output i at kOutput * i.
+template <int source, int output, int first> struct Columns {
+  static constexpr int kSource = source, kOutput = output, kFirst = first;
 };
 
 // Lane i: lane `channel` of the W lanes that i is one of.
@@ -31,32 +39,34 @@ template <int W, int channel, class V, int... I> CONVKIT_INLINE V channel_of_gro
 }
 
 // Products of one channel of the groups with a filter row, for N pixels.
-template <int N, class T, class Spread> CONVKIT_INLINE void add_channel(vec<T>* sum, const T* weights, Spread&& spread) {
+template <int N, class At, class T, class Spread> CONVKIT_INLINE void add_channel(vec<T>* sum, const T* weights, Spread&& spread) {
   vec<T> w[kWide];
   CONVKIT_UNROLL for (int s = 0; s < kWide; ++s) w[s] = held(load(weights + s * kLanes<T>));
-  CONVKIT_UNROLL for (int j = 0; j < N + kWide - 1; ++j) {
+  CONVKIT_UNROLL for (int j = 0; j <= ((N - 1) * At::kOutput + kWide - 1 - At::kFirst) / At::kSource; ++j) {
     vec<T> x = held(spread(j));
-    CONVKIT_UNROLL for (int s = 0; s < kWide; ++s)
-      if (j >= s && j - s < N) sum[j - s] += x * w[s];
+    CONVKIT_UNROLL for (int s = 0; s < kWide; ++s) {
+      int at = At::kSource * j + At::kFirst - s;
+      if (at >= 0 && at % At::kOutput == 0 && at / At::kOutput < N) sum[at / At::kOutput] += x * w[s];
+    }
   }
 }
-template <int N, int W, int channel = 0, class T> CONVKIT_INLINE void add_channels(vec<T>* sum, const T* x, int64_t pixel, const T* weights) {
+template <int N, int W, class At, int channel = 0, class T> CONVKIT_INLINE void add_channels(vec<T>* sum, const T* x, int64_t pixel, const T* weights) {
   if constexpr (channel < W) {
-    add_channel<N>(sum, weights + channel * kWide * kLanes<T>,
-                   [&](int j) { return channel_of_groups<W, channel>(load(x + j * pixel), std::make_integer_sequence<int, kLanes<T>>{}); });
-    add_channels<N, W, channel + 1>(sum, x, pixel, weights);
+    add_channel<N, At>(sum, weights + channel * kWide * kLanes<T>,
+                       [&](int j) { return channel_of_groups<W, channel>(load(x + j * pixel), std::make_integer_sequence<int, kLanes<T>>{}); });
+    add_channels<N, W, At, channel + 1>(sum, x, pixel, weights);
   }
 }
 
-template <class T, int W, int N> __attribute__((noinline)) void grouped_tile(const GroupedTile<T>& a) {
+template <class T, int W, class At, int N> __attribute__((noinline)) void grouped_tile(const GroupedTile<T>& a) {
   constexpr int L = kLanes<T>;
   vec<T> total[N] = {};
   for (int64_t r = 0; r < a.filter_rows; ++r) {
-    const T *x = a.x + r * a.row, *weights = a.weights + r * W * kWide * L;
+    const T *x = a.x + r * a.row, *weights = a.weights + r * a.filter_row;
     vec<T> sum[N] = {};  // of at most 48 products, and then added to the total: errors grow with the sums' lengths
-    if constexpr (W < L) add_channels<N, W>(sum, x, a.pixel, weights);
+    if constexpr (W < L) add_channels<N, W, At>(sum, x, a.pixel, weights);
     else
-      for (int i = 0; i < W; ++i) add_channel<N>(sum, weights + i * kWide * L, [&](int j) { return broadcast(x[j * a.pixel + i]); });
+      for (int i = 0; i < W; ++i) add_channel<N, At>(sum, weights + i * kWide * L, [&](int j) { return broadcast(x[j * a.pixel + i]); });
     CONVKIT_UNROLL for (int j = 0; j < N; ++j) total[j] += sum[j];
   }
   CONVKIT_UNROLL for (int j = 0; j < N; ++j) store(a.out + j * a.pixel, total[j]);
@@ -64,16 +74,21 @@ template <class T, int W, int N> __attribute__((noinline)) void grouped_tile(con
 
 template <class T> using GroupedTileFn = void (*)(const GroupedTile<T>&);
 
-template <class T, int W> GroupedTileFn<T> grouped_tile_of(int64_t pixels) {
+template <class T, int W, class At> GroupedTileFn<T> grouped_tile_of(int64_t pixels) {
   switch (pixels) {
-    case 4: return grouped_tile<T, W, 4>;
-    case 7: return grouped_tile<T, W, 7>;
-    case 8: return grouped_tile<T, W, 8>;
-    default: return grouped_tile<T, W, 14>;
+    case 4: return grouped_tile<T, W, At, 4>;
+    case 7: return grouped_tile<T, W, At, 7>;
+    case 8: return grouped_tile<T, W, At, 8>;
+    default: return grouped_tile<T, W, At, 14>;
   }
 }
-template <class T> GroupedTileFn<T> grouped_tile_for(int64_t width, int64_t pixels) {
-  return width == 4 ? grouped_tile_of<T, 4>(pixels) : width == 8 ? grouped_tile_of<T, 8>(pixels) : grouped_tile_of<T, 16>(pixels);
+template <class T, class At> GroupedTileFn<T> grouped_tile_at(int64_t width, int64_t pixels) {
+  return width == 4 ? grouped_tile_of<T, 4, At>(pixels) : width == 8 ? grouped_tile_of<T, 8, At>(pixels) : grouped_tile_of<T, 16, At>(pixels);
+}
+template <class T> GroupedTileFn<T> grouped_tile_for(int64_t width, const GroupedPlan& plan) {
+  if (plan.stride == 1) return grouped_tile_at<T, Columns<1, 1, 0>>(width, plan.tile);
+  if (!plan.input_grad) return grouped_tile_at<T, Columns<1, 2, 0>>(width, plan.tile);
+  return plan.odd ? grouped_tile_at<T, Columns<2, 1, 1>>(width, plan.tile) : grouped_tile_at<T, Columns<2, 1, 0>>(width, plan.tile);
 }
 
 template <class S> struct Grouped {
@@ -148,7 +163,11 @@ template <class S> struct Grouped {
   void run() const {
     pack();
     int64_t pieces = ceil_div(dst_h, plan.rows_per_task), of_groups = max_of<int64_t>(width, L);  // whole groups, whole vectors
-    GroupedTileFn<T> tile_of_pixels = grouped_tile_for<T>(width, plan.tile);
+    GroupedTileFn<T> tile_of_pixels = grouped_tile_for<T>(width, plan);
+    int64_t up = plan.input_grad ? plan.stride : 1, down = plan.input_grad ? 1 : plan.stride;
+    // The first tap of an output row that meets a source row, and the source row.
+    auto tap_of = [&](int64_t i) { return up == 2 ? (i - plan.top) & 1 : 0; };
+    auto source_of = [&](int64_t i) { return (i * down - plan.top + tap_of(i)) / up; };
     parallel(pool, p.n * pieces, [&](int64_t begin, int64_t end, int thread) {
       T* staged = reinterpret_cast<T*>(ws + plan.scratch.offset + thread * plan.scratch_bytes);
       T* out = staged + plan.rows * row;
@@ -157,12 +176,14 @@ template <class S> struct Grouped {
         const S* src = static_cast<const S*>(a.src) + image * src_h * src_w * p.c;
         S* dst = static_cast<S*>(a.dst) + image * dst_h * dst_w * p.c;
         for (int64_t channel = 0; channel < p.c; channel += plan.channels) {
-          stage(src, channel, first - plan.top, last - first + (p.r - 1) * p.dilation_h, staged);
+          int64_t top = source_of(first);
+          stage(src, channel, top, plan.source_rows(last - first), staged);
           for (int64_t i = first; i < last; ++i) {
+            int64_t tap = tap_of(i), taps = ceil_div(p.r - tap, up), filter_row = filter / p.r;
             for (int64_t lanes = 0; lanes < plan.channels; lanes += L) {
-              const T* x = staged + (i - first) * row + lanes / of_groups * of_groups;
+              const T *x = staged + (source_of(i) - top) * row + lanes / of_groups * of_groups, *w = weights + (channel + lanes) / L * filter + tap * filter_row;
               for (int64_t q = 0; q < dst_w; q += plan.tile)
-                tile_of_pixels({x + q * plan.channels, weights + (channel + lanes) / L * filter, out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, p.r});
+                tile_of_pixels({x + q * down / up * plan.channels, w, out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, up * filter_row, taps});
             }
             with_residual<S>(a, [&](auto finish) { emit(out, dst, i, channel, finish); });
           }
