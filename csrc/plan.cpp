@@ -260,7 +260,7 @@ int64_t grouped_channels(const ConvProblem& a) { return std::max(64 / compute_by
 // Groups whose channels a vector holds one or more of, or that are few vectors; see conv_grouped.
 bool use_grouped(const ConvProblem& a, Pass pass, const CpuFacts& f) {
   int64_t width = a.c / a.groups;
-  if (a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16) || multiplies_pairs(a, f)) return false;
+  if (a.groups == 1 || a.k != a.c || (width != 4 && width != 8 && width != 16 && width != 32) || multiplies_pairs(a, f)) return false;
   if (a.layout == Layout::nchw && width > f.vector_bytes / compute_bytes(a.dtype)) return false;  // transposing costs more than is won
   if (a.s != 3 || a.stride_h != a.stride_w || a.stride_h > 2 || (a.stride_h == 2 && a.dilation_h != 1) || a.dilation_w != 1 || a.pad_left > 2) return false;
   int64_t top = pass == Pass::input_grad ? a.dilation_h * (a.r - 1) - a.pad_top : a.pad_top;

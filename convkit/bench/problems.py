@@ -493,7 +493,7 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n1c12h5w5k6r3s3u2p1g6",
         "n1c12h7w7k12r3s3p2d2g4",
         "n1c6h5w5k12r2s2p0x1x1x0g2",
-        # groups of 4, 8, 16 channels to as many: pixels around tiles, a vector's groups, and what other kernels take
+        # groups of 4 to 32 channels to as many: pixels around tiles, a vector's groups, and what other kernels take
         *(f"n1c32h3w{w}k32r3s3p1g{g}" for g in (8, 4, 2) for w in (3, 7, 8, 14)),
         "n1c16h3w29k16r3s3p1g4",
         "n2c48h4w6k48r3s3p1g6",
@@ -505,6 +505,7 @@ TEST_PROBLEMS: tuple[ConvProblem, ...] = tuple(
         "n1c20h5w6k20r3s3p1g5",
         "n1c32h6w9k32r3s3u1x2p1g4",
         *(f"n1c32h5w{w}k32r3s3u2p1g{g}" for g in (8, 4, 2) for w in (5, 11, 13, 16, 27)),
+        *(f"n1c64h4w{w}k64r3s3u{u}p1g2" for u, w in ((1, 4), (1, 7), (2, 13))),
         *(f"n1c32h8w9k32r3s3u2p{p}g4" for p in ("0", "2", "0x1x2x0", "5x1")),
         "n2c32h7w6k32r1s3u2p0x1g4",
         "n1c32h12w7k32r5s3u2p2x1g8",

@@ -1,4 +1,4 @@
-// Forward and input gradient in groups of few channels, 4, 8 or 16 that go to as many, with filters three wide and stride 1
+// Forward and input gradient in groups of few channels, 4, 8, 16 or 32 that go to as many, with filters three wide and stride 1
 // or 2 (ResNeXt's, Xie et al. 2017, arXiv:1611.05431): vectors of neighbouring channels, of several groups where these are
 // narrower.
 //
@@ -26,6 +26,7 @@ template <class T> struct GroupedTile {
   int64_t pixel, row;  // elements from pixel to pixel, of source and output, and from filter row to filter row
   int64_t filter_row;  // elements from filter row to filter row of the weights
   int64_t filter_rows;
+  int64_t width;       // channels of a group
 };
 
 // Columns, counted from the first tap of a tile's first output: source j stands at kSource * j + kFirst, output i at kOutput * i.
@@ -58,17 +59,21 @@ template <int N, int W, class At, int channel = 0, class T> CONVKIT_INLINE void 
   }
 }
 
+// W: channels of a group, or 0 where they are whole vectors.
 template <class T, int W, class At, int N> __attribute__((noinline)) void grouped_tile(const GroupedTile<T>& a) {
   constexpr int L = kLanes<T>;
+  constexpr int64_t kChain = 16;  // channels, 48 products, that are summed before they are added to the total
   vec<T> total[N] = {};
-  for (int64_t r = 0; r < a.filter_rows; ++r) {
-    const T *x = a.x + r * a.row, *weights = a.weights + r * a.filter_row;
-    vec<T> sum[N] = {};  // of at most 48 products, and then added to the total: errors grow with the sums' lengths
-    if constexpr (W < L) add_channels<N, W, At>(sum, x, a.pixel, weights);
-    else
-      for (int i = 0; i < W; ++i) add_channel<N, At>(sum, weights + i * kWide * L, [&](int j) { return broadcast(x[j * a.pixel + i]); });
-    CONVKIT_UNROLL for (int j = 0; j < N; ++j) total[j] += sum[j];
-  }
+  for (int64_t r = 0; r < a.filter_rows; ++r)
+    for (int64_t first = 0; first < (W > 0 ? 1 : a.width); first += kChain) {
+      const T *x = a.x + r * a.row, *weights = a.weights + r * a.filter_row;
+      vec<T> sum[N] = {};
+      if constexpr (W > 0) add_channels<N, W, At>(sum, x, a.pixel, weights);
+      else
+        for (int64_t i = first; i < min_of(a.width, first + kChain); ++i)
+          add_channel<N, At>(sum, weights + i * kWide * L, [&](int j) { return broadcast(x[j * a.pixel + i]); });
+      CONVKIT_UNROLL for (int j = 0; j < N; ++j) total[j] += sum[j];
+    }
   CONVKIT_UNROLL for (int j = 0; j < N; ++j) store(a.out + j * a.pixel, total[j]);
 }
 
@@ -83,7 +88,11 @@ template <class T, int W, class At> GroupedTileFn<T> grouped_tile_of(int64_t pix
   }
 }
 template <class T, class At> GroupedTileFn<T> grouped_tile_at(int64_t width, int64_t pixels) {
-  return width == 4 ? grouped_tile_of<T, 4, At>(pixels) : width == 8 ? grouped_tile_of<T, 8, At>(pixels) : grouped_tile_of<T, 16, At>(pixels);
+  if constexpr (kLanes<T> > 4)
+    if (width == 4) return grouped_tile_of<T, 4, At>(pixels);
+  if constexpr (kLanes<T> > 8)
+    if (width == 8) return grouped_tile_of<T, 8, At>(pixels);
+  return grouped_tile_of<T, 0, At>(pixels);
 }
 template <class T> GroupedTileFn<T> grouped_tile_for(int64_t width, const GroupedPlan& plan) {
   if (plan.stride == 1) return grouped_tile_at<T, Columns<1, 1, 0>>(width, plan.tile);
@@ -183,7 +192,7 @@ template <class S> struct Grouped {
             for (int64_t lanes = 0; lanes < plan.channels; lanes += L) {
               const T *x = staged + (source_of(i) - top) * row + lanes / of_groups * of_groups, *w = weights + (channel + lanes) / L * filter + tap * filter_row;
               for (int64_t q = 0; q < dst_w; q += plan.tile)
-                tile_of_pixels({x + q * down / up * plan.channels, w, out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, up * filter_row, taps});
+                tile_of_pixels({x + q * down / up * plan.channels, w, out + q * plan.channels + lanes, plan.channels, p.dilation_h * row, up * filter_row, taps, width});
             }
             with_residual<S>(a, [&](auto finish) { emit(out, dst, i, channel, finish); });
           }
