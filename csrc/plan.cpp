@@ -43,7 +43,7 @@ constexpr int64_t kDepthwisePlanesBytes = 32 << 10;
 // Contiguous images up to this width are copied without padding: a run of whole vectors is worth more than rows without edges.
 constexpr int64_t kNarrowImage = 16;
 // Where less than this part of the taps lies inside of the source, tiles of one pixel of many images leave the others out.
-constexpr double kInside = 0.8;
+constexpr double kInside = 0.93;
 // A table of row pointers should leave most of the first-level cache to the data.
 constexpr int64_t kTableBytes = 32 << 10;
 // The planes of a task of the few-channel kernel, read and written.
@@ -125,6 +125,8 @@ double taps_inside(int64_t outputs, int64_t source, int64_t taps, int64_t stride
 double products_inside(const ConvProblem& a, bool input_grad, const CpuFacts& f) {
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
   if (a.n < f.rows_for_vectors[2] || dst_h * dst_w > 1024) return 1;
+  // The outputs of another phase would have more taps, and threads with those wait for each other.
+  if (input_grad && (a.r * a.dilation_h % a.stride_h != 0 || a.s * a.dilation_w % a.stride_w != 0)) return 1;
   double part = taps_inside(dst_h, input_grad ? a.p : a.h, a.r, a.stride_h, a.pad_top, a.dilation_h, input_grad) *
                 taps_inside(dst_w, input_grad ? a.q : a.w, a.s, a.stride_w, a.pad_left, a.dilation_w, input_grad);
   return part < kInside ? part : 1;
@@ -487,7 +489,7 @@ bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const
   // The direct kernels for few channels fill their vectors, and bf16's may have products at twice the rate.
   double direct = double(a.n * b.dst_h * b.dst_w) * double(a.r * a.s) * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
   if (multiplies_pairs(a, f)) direct *= 0.55;
-  if (pass != Pass::weight_grad) direct *= products_inside(a, b.input_grad, f);
+  if (pass != Pass::weight_grad && a.r == 5) direct *= products_inside(a, b.input_grad, f);
   if (pass == Pass::weight_grad) {
     if (merge_few_channels(a)) return false;
     double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));

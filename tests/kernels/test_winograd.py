@@ -212,7 +212,7 @@ def test_against_the_direct_kernel_where_the_source_comes_in_several_chunks():
 def test_taken_for_large_layers(text: str, which: str):
     for layout, dtype in itertools.product(LAYOUTS, ("f32", "bf16", "f16")):
         # Where bf16 is multiplied in pairs, transforming many filters for few tiles costs more than the products saved.
-        if dtype != "bf16" or _C.isa() != "avx512_bf16" or "512h" not in text:
+        if dtype != "bf16" or _C.isa() != "avx512_bf16" or "h7w7" not in text:
             assert "winograd" in _C.plan(str(parse(text, layout, dtype)), which)
         with convkit.set_winograd(False):
             assert "winograd" not in _C.plan(str(parse(text, layout, dtype)), which)
