@@ -125,7 +125,7 @@ double taps_inside(int64_t outputs, int64_t source, int64_t taps, int64_t stride
 double products_inside(const ConvProblem& a, bool input_grad, const CpuFacts& f) {
   int64_t dst_h = input_grad ? a.h : a.p, dst_w = input_grad ? a.w : a.q;
   if (a.n < f.rows_for_vectors[2] || dst_h * dst_w > 1024) return 1;
-  // The outputs of another phase would have more taps, and threads with those wait for each other.
+  // Phase would follow phase, and threads with those of few taps would wait for the others.
   if (input_grad && (a.r * a.dilation_h % a.stride_h != 0 || a.s * a.dilation_w % a.stride_w != 0)) return 1;
   double part = taps_inside(dst_h, input_grad ? a.p : a.h, a.r, a.stride_h, a.pad_top, a.dilation_h, input_grad) *
                 taps_inside(dst_w, input_grad ? a.q : a.w, a.s, a.stride_w, a.pad_left, a.dilation_w, input_grad);
@@ -345,7 +345,8 @@ OuterPlan plan_outer(const ConvProblem& problem, const CpuFacts& f, Workspace& w
   if (b.flat && rows > whole) rows = rows / whole * whole;
   int64_t most_splits = std::clamp<int64_t>(kOuterSumsBytes / (b.sums_of_split * element), 1, kSplits);
   b.images_per_block = std::clamp<int64_t>(rows / a.p, 1, std::max<int64_t>(1, a.n / most_splits));
-  b.rows_per_block = b.images_per_block > 1 ? a.p : evenly(a.p, std::min(rows, ceil_div(a.n * a.p, most_splits)));
+  int64_t most_rows = std::min(rows, ceil_div(a.n * a.p, most_splits)), step = b.flat && a.layout == Layout::nchw && most_rows >= whole ? whole : 1;
+  b.rows_per_block = b.images_per_block > 1 ? a.p : std::min(a.p, evenly(ceil_div(a.p, step), most_rows / step) * step);
   int64_t blocks = ceil_div(a.n, b.images_per_block) * ceil_div(a.p, b.rows_per_block);
   // Not so many that some would have a block more than others, and threads with others wait.
   b.splits = std::min(blocks, most_splits);
