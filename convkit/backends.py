@@ -1,17 +1,20 @@
 """Switches of the whole process, in the manner of `torch.backends`.
 
-Winograd's method computes a convolution of stride 1 with a quarter of the multiplications if its filters are 3x3, with
-a sixth if they are 5x5 (Lavin and Gray 2016, arXiv:1509.09308), and a somewhat larger rounding error. convkit takes it
-on the CPU where it is faster, in the forward pass and both gradients, for float32, and for bfloat16 and float16, which
-are computed in float32; never for float64. What it changes:
+Winograd's method computes a convolution of stride 1 with a third of the multiplications if its filters are 2x2, with a
+quarter if they are 3x3 and a sixth if they are 4x4 or 5x5 (Lavin and Gray 2016, arXiv:1509.09308), and a somewhat
+larger rounding error. With a stride of 2 or 4, the pixels that a filter steps over become channels first: 11x11 filters
+with stride 4 are 3x3 ones of 16 times the channels, 7x7 ones with stride 2 are 4x4. convkit takes it on the CPU where
+it is faster, in the forward pass and both gradients, for float32, and for bfloat16 and float16, which are computed in
+float32; never for float64. What it changes:
 
 - The error, as the norm of the difference from float64 over the norm of the result, stays below 1e-5. Measured on
   normal random data it is 8e-7 in the forward pass and the input gradient and 6e-7 to 8e-7 in the weight gradient, from
   64 to 512 channels alike. convkit's direct kernels have 2e-7, and 2e-7 to 6e-7; PyTorch's have 4e-7 with 64 channels
-  and 1.2e-6 with 512, and 2e-7 to 8e-7. With 5x5 filters it is 2e-6 to 4e-6, and up to 6e-6 in the weight gradient.
-  Rounding a result to bfloat16 costs 1.7e-3, to float16 2.1e-4, whatever the method: theirs show nothing of it.
-- A NaN or an infinity spoils, as NaN, all 4x4 outputs of the tiles that it touches, not only those under the filter (in
-  the weight gradient: the pair of channel and filter, as ever). Values above 1e34 may overflow on the way.
+  and 1.2e-6 with 512, and 2e-7 to 8e-7. With filters of 4x4 and 5x5 taps it is 2e-6 to 4e-6, and up to 6e-6 in the
+  weight gradient. Rounding a result to bfloat16 costs 1.7e-3, to float16 2.1e-4, whatever the method: theirs show
+  nothing of it.
+- A NaN or an infinity spoils, as NaN, all 4x4 or 5x5 outputs of the tiles that it touches, not only those under the
+  filter (in the weight gradient: the pair of channel and filter, as ever). Values above 1e34 may overflow on the way.
 
 Results are bitwise repeatable and independent of the number of threads either way.
 """

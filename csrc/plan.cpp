@@ -416,25 +416,32 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 }
 
 bool is_winograd_problem(const ConvProblem& a) {
-  return a.dtype != DType::f64 && a.groups == 1 && (a.r == 3 || a.r == 5) && a.s == a.r && a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 &&
-         a.dilation_w == 1;
+  int64_t taps = ceil_div(a.r, a.stride_h);
+  return a.dtype != DType::f64 && a.groups == 1 && a.r == a.s && a.stride_h == a.stride_w && (a.stride_h == 1 || a.stride_h == 2 || a.stride_h == 4) &&
+         a.dilation_h == 1 && a.dilation_w == 1 && taps >= 2 && taps <= 5;
 }
 
 WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   WinogradPlan b{};
   b.input_grad = pass == Pass::input_grad;
-  b.src_h = b.input_grad ? a.p : a.h, b.src_w = b.input_grad ? a.q : a.w, b.src_c = b.input_grad ? a.k : a.c;
-  b.dst_h = b.input_grad ? a.h : a.p, b.dst_w = b.input_grad ? a.w : a.q, b.dst_c = b.input_grad ? a.c : a.k;
-  b.pad_top = b.input_grad ? a.r - 1 - a.pad_top : a.pad_top, b.pad_left = b.input_grad ? a.s - 1 - a.pad_left : a.pad_left;
-  int64_t extent = a.r + 3, positions = extent * extent;  // of a tile of the source
-  b.tiles_h = ceil_div(b.dst_h, 4), b.tiles_w = ceil_div(b.dst_w, 4);
+  b.stride = a.stride_h;
+  b.taps = int(ceil_div(a.r, b.stride)), b.tile = winograd_tile(b.taps), b.outputs = b.tile + 1 - b.taps;
+  // Whole pixels of padding before the input as it is computed, and what is left of it within its first.
+  int64_t top = a.pad_top / b.stride, left = a.pad_left / b.stride;
+  b.first_top = a.pad_top % b.stride, b.first_left = a.pad_left % b.stride;
+  int64_t h = ceil_div(a.h + b.first_top, b.stride), w = ceil_div(a.w + b.first_left, b.stride), c = a.c * b.stride * b.stride;
+  b.src_h = b.input_grad ? a.p : h, b.src_w = b.input_grad ? a.q : w, b.src_c = b.input_grad ? a.k : c;
+  b.dst_h = b.input_grad ? h : a.p, b.dst_w = b.input_grad ? w : a.q, b.dst_c = b.input_grad ? c : a.k;
+  b.pad_top = b.input_grad ? b.taps - 1 - top : top, b.pad_left = b.input_grad ? b.taps - 1 - left : left;
+  int64_t positions = b.tile * b.tile;
+  b.tiles_h = ceil_div(b.dst_h, b.outputs), b.tiles_w = ceil_div(b.dst_w, b.outputs);
   b.depth_blocks = ceil_div(b.src_c, kWinogradWidth), b.column_blocks = ceil_div(b.dst_c, kWinogradWidth);
   int64_t rows = f.rows_for_vectors[4] > 0 ? f.rows_for_vectors[4] : f.rows_for_vectors[2];
-  int64_t fewer_h = ceil_div(b.src_h, 4), fewer_w = ceil_div(b.src_w, 4), pixels = b.dst_h * b.dst_w * kWinogradWidth * 4;
+  int64_t fewer_h = ceil_div(b.src_h, b.outputs), fewer_w = ceil_div(b.src_w, b.outputs), pixels = b.dst_h * b.dst_w * kWinogradWidth * 4;
   // The sums of an image lie beside a block of tiles then, and its tiles fill fewer rows of a register tile.
-  b.spread = b.input_grad && 3 * fewer_h * fewer_w < 2 * b.tiles_h * b.tiles_w && pixels <= f.l2_bytes / 8 &&
+  b.spread = b.input_grad && b.stride == 1 && 3 * fewer_h * fewer_w < 2 * b.tiles_h * b.tiles_w && pixels <= f.l2_bytes / 8 &&
              b.depth_blocks * b.column_blocks * positions * kWinogradPanel * 4 <= kSharedFilterBytes;
-  if (b.spread) b.tiles_h = fewer_h, b.tiles_w = fewer_w, b.pad_top = a.pad_top, b.pad_left = a.pad_left;
+  if (b.spread) b.tiles_h = fewer_h, b.tiles_w = fewer_w, b.pad_top = top, b.pad_left = left;
   b.image_groups = b.spread ? ceil_div(b.tiles_h * b.tiles_w, rows) : 1;
   b.tiles = a.n * b.tiles_h * b.tiles_w;
   b.groups = b.spread ? a.n * b.image_groups : ceil_div(b.tiles, rows);
@@ -442,9 +449,12 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
   int64_t filter_block = positions * kWinogradPanel * 4, group = positions * rows * kWinogradWidth * 4;
   // A row of tiles of the source, or of the output, as channels-last pixels.
   bool nchw = a.layout == Layout::nchw, whole_lines = f.vector_bytes == 64 && a.dtype == DType::f32;
-  int64_t strip = !nchw ? 0 : std::max(extent * std::min(b.src_w, 4 * b.tiles_w + a.s - 1), 4 * b.dst_w) * kWinogradWidth * 4;
+  bool as_stored = !nchw && b.stride == 1 && a.dtype == DType::f32;
+  int64_t strip = as_stored ? 0 : std::max(b.tile * std::min(b.src_w, b.outputs * b.tiles_w + b.taps - 1), b.outputs * b.dst_w) * kWinogradWidth * 4;
+  if (b.stride > 1) strip += (b.outputs * b.tiles_w + b.taps - 1) * kWinogradWidth * 4;  // and one of pixels as they were
+  b.weight = ws.take(b.stride == 1 ? 0 : a.k * b.taps * b.taps * c * storage_bytes(a.dtype));
   if (pass == Pass::weight_grad) {
-    b.streaming = whole_lines && streams(a.k * a.c * a.r * a.s * 4, f);
+    b.streaming = b.stride == 1 && whole_lines && streams(a.k * a.c * a.r * a.s * 4, f);
     b.tiles_at_once = kWinogradTiles;
     // Enough tasks for a fair number of threads, but never a number that depends on them.
     int64_t blocks = b.depth_blocks * b.column_blocks;
@@ -452,7 +462,7 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
     b.sums = ws.take(b.splits > 1 ? b.splits * blocks * filter_block : 0);
     b.scratch_bytes = 2 * positions * (b.tiles_at_once * kWinogradWidth + 16) * 4 + strip + (b.splits == 1 ? filter_block : 0);
   } else {
-    b.streaming = !b.spread && !nchw && whole_lines && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
+    b.streaming = !b.spread && !nchw && whole_lines && (b.stride == 1 || !b.input_grad) && b.dst_c % 16 == 0 && streams(a.n * b.dst_h * b.dst_w * b.dst_c * 4, f);
     int64_t filters = b.depth_blocks * b.column_blocks * filter_block;
     // Sums of a block of tiles beside a block of filters; a quarter of the cache is left to what passes by.
     int64_t groups_beside_filters = std::max<int64_t>(1, (f.l2_bytes * 3 / 4 - filter_block) / group);
@@ -460,7 +470,7 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
     if (b.shared_filters) {
       // Source and sums of a block of tiles stay in the second-level cache, with the filters where they are small enough.
       int64_t room = f.l2_bytes * 3 / 4 - (filters <= f.l2_bytes / 3 ? filters : 0);
-      int64_t images = b.groups / b.image_groups, image = b.image_groups * (b.depth_blocks + 1) * group;  // or groups, each by itself
+      int64_t images = b.groups / b.image_groups, image = b.image_groups * (std::min(b.depth_blocks, b.column_blocks) + 1) * group;  // or groups, each by itself
       int64_t images_at_once = std::max<int64_t>(1, room / image);
       b.groups_per_chunk = b.groups;
       b.tile_blocks = std::min(images, ceil_div(ceil_div(images, images_at_once), f.threads) * f.threads);
@@ -482,23 +492,29 @@ WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, W
 // one tile or filter costs a vector, and a call, is measured (AVX-512, operands beyond the caches), and so is the packing
 // of the direct kernel's filters, which costs about as much as their transform.
 bool winograd_wins(const ConvProblem& a, Pass pass, const WinogradPlan& b, const CpuFacts& f) {
-  // 8 x 8 instead of 6 x 6 values, each from more.
-  double larger = a.r == 3 ? 1 : 2, kSource = 600 * larger, kOutput = 450 * larger, kFilter = 600 * larger, kWeightGrad = 250 * larger, kRate = 0.85;
+  // 8 x 8 instead of 6 x 6 values, each from more; phases are gathered before, or sorted after, and so are filters.
+  bool phased = b.stride > 1, planes = use_planes(a, pass, f);
+  double larger = b.tile == 6 ? 1 : 2, sorting = phased ? 2 : 1, kSource = 600 * larger, kOutput = 450 * larger, kFilter = 600 * larger, kWeightGrad = 250 * larger, kRate = 0.85;
   int64_t lanes = f.vector_bytes / 4;
   double tiles = double(b.tiles), src = double(ceil_div(b.src_c, lanes)), dst = double(ceil_div(b.dst_c, lanes));
-  double filters = double(b.src_c) * dst, products = tiles * double((a.r + 3) * (a.r + 3)) * filters / kRate;
-  // The direct kernels for few channels fill their vectors, and bf16's may have products at twice the rate.
-  double direct = double(a.n * b.dst_h * b.dst_w) * double(a.r * a.s) * double(b.src_c) * (use_planes(a, pass, f) ? double(b.dst_c) / double(lanes) : dst);
-  if (multiplies_pairs(a, f)) direct *= 0.55;
-  if (pass != Pass::weight_grad && a.r == 5) direct *= products_inside(a, b.input_grad, f);
+  double filters = double(b.src_c) * dst, products = tiles * double(b.tile * b.tile) * filters / kRate;
+  // The direct kernels for few channels fill their vectors, bf16's may have products at twice the rate, and input gradients
+  // with a stride go phase by phase, of few taps each.
+  double pixels = b.input_grad ? double(a.n * a.h * a.w) / double(a.stride_h * a.stride_w) : double(a.n * a.p * a.q);
+  int64_t depth = b.input_grad ? a.k : a.c, columns = b.input_grad ? a.c : a.k;
+  double direct = pixels * double(a.r * a.s * depth) * (planes ? double(columns) / double(lanes) : double(ceil_div(columns, lanes)));
+  if (multiplies_pairs(a, f)) direct *= planes ? 0.75 : 0.5;
+  if (b.input_grad && phased && !planes) direct += 100 * double(a.n * a.h * a.w);
+  if (pass != Pass::weight_grad && (a.r != 3 || phased)) direct *= products_inside(a, b.input_grad, f);
   if (pass == Pass::weight_grad) {
-    if (merge_few_channels(a)) return false;
-    double transforms = tiles * (src * kSource * double(b.column_blocks) + dst * kOutput * double(b.depth_blocks));
-    return products + transforms + filters * kWeightGrad + 2e5 < direct / 0.8;
+    if (!phased && merge_few_channels(a)) return false;
+    double transforms = tiles * (src * kSource * double(b.column_blocks) * (phased ? 2 * larger : 1) + dst * kOutput * double(b.depth_blocks) * sorting);
+    return products * (phased ? 1.25 : 1) + transforms + filters * kWeightGrad + (phased ? 2e6 : 2e5) < direct / 0.8;
   }
   double repeats = b.shared_filters ? 1 : double(ceil_div(b.groups, b.groups_per_chunk) * b.tile_blocks);
+  (b.input_grad ? kOutput : kSource) *= sorting;
   if (b.spread) std::swap(src, dst);  // of what they cost
-  return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * repeats + 4e5 < direct / 0.9 + filters * kFilter;
+  return products + tiles * (src * kSource + dst * kOutput) + filters * kFilter * sorting * repeats + 4e5 < direct / 0.9 + filters * kFilter / double(b.stride * b.stride);
 }
 
 }  // namespace
@@ -587,7 +603,9 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
     }
     case ConvKernel::winograd: {
       const WinogradPlan& b = plan.winograd;
-      out += "winograd_" + std::string(f.isa) + "_4x4" + (a.r == 3 ? ", " : "_5x5, ") + num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
+      out += "winograd_" + std::string(f.isa) + "_" + num(b.outputs) + "x" + num(b.outputs) + "_of_" + num(b.taps) + "x" + num(b.taps) + " taps, ";
+      if (b.stride > 1) out += num(b.stride * b.stride) + " phases, ";
+      out += num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.spread ? ", spread" : "") + (b.shared_filters ? "" : ", filters transformed by block");
       break;

@@ -141,13 +141,20 @@ constexpr int kWinogradWidth = 64;
 // Floats of a square of them. One line more, so that the same row of all positions does not fall into the same few sets of a cache.
 constexpr int64_t kWinogradPanel = kWinogradWidth * kWinogradWidth + 16;
 
-// 3x3 or 5x5 filters, stride 1: Winograd's F(4x4, 3x3) or F(4x4, 5x5), all three passes.
+// Pixels along an edge of a tile of the source, for filters of 2 to 5 taps along an edge; of the output, tile + 1 - taps.
+constexpr int winograd_tile(int taps) { return taps <= 3 ? 6 : 8; }
+
+// Winograd's F(5x5, 2x2), F(4x4, 3x3), F(5x5, 4x4) or F(4x4, 5x5), all three passes. With stride s, the s x s pixels that it
+// steps over are channels of one pixel, and the filter takes every s-th tap for each: one of stride 1 with ceil(r / s) taps.
 struct WinogradPlan {
   bool input_grad;
-  int64_t src_h, src_w, src_c;  // what is cut into tiles of 6 x 6 (8 x 8): the input, or y's gradient when input_grad
-  int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of 4 x 4; the columns of the products (weight gradient: rows)
+  int taps, tile, outputs;      // along an edge, of the filter as it is computed, and of a tile of source and output
+  int64_t stride;               // of the convolution; below, its input means the one of more channels and fewer pixels
+  int64_t src_h, src_w, src_c;  // what is cut into tiles of the source: the input, or y's gradient when input_grad
+  int64_t dst_h, dst_w, dst_c;  // what is cut into tiles of the output; the columns of the products (weight gradient: rows)
   int64_t pad_top, pad_left;    // of the source; negative where its first pixels are not used. Spread: of the convolution
-  bool spread;                  // input gradient: the source is cut into tiles of 4 x 4, and what they come to is added up
+  int64_t first_top, first_left;  // rows and columns of padding in the first pixel of the input, less than the stride
+  bool spread;                  // input gradient: the source is cut into tiles of outputs, and what they come to is added up
   int64_t image_groups;         // spread: groups of an image, which is one task's; else 1
   int64_t tiles_h, tiles_w, tiles;
   int64_t depth_blocks, column_blocks;  // of src_c, dst_c
@@ -158,7 +165,7 @@ struct WinogradPlan {
   bool streaming;               // the output is larger than the caches
   int64_t tiles_at_once;        // weight gradient: tiles between two looks at the sums
   int64_t splits;               // weight gradient: partial sums over parts of the tiles, added in order
-  Piece filters, source, sums, scratch;
+  Piece weight, filters, source, sums, scratch;  // weight: with a stride, as it is computed, or its gradient
   int64_t scratch_bytes;        // of one thread
 };
 

@@ -21,7 +21,7 @@ from convkit.bench.timing import Arena, cache_bytes, interleave
 __all__ = ["ceilings"]
 
 # Edge of the matrices, and images of 28 x 28 pixels for two convolutions: channels in and out, and the filter's edge.
-# None is 3 x 3 or 5 x 5, where Winograd's method, which leaves out products, would show more than the machine has.
+# None is 2 x 2 to 5 x 5, where Winograd's method, which leaves out products, would show more than the machine has.
 MATRIX = {"cpu": (1536, 8), "cuda": (8192, 256)}
 CONVOLUTIONS = ((512, 1), (128, 7))
 # MiB. On a GPU much more than its cache, which would keep what a smaller copy writes.

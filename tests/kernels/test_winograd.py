@@ -24,7 +24,8 @@ from convkit.bench.problems import ConvProblem
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-5 + 2**-8, torch.float16: 1e-5 + 2**-11}
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("fprop", "dgrad", "wgrad")
-TAPS = (3, 5)
+TAPS = (2, 3, 4, 5)
+STRIDED = ("r3s3u2", "r4s4u2", "r5s5u2", "r7s7u2", "r9s9u2", "r5s5u4", "r8s8u4", "r11s11u4", "r16s16u4", "r20s20u4")
 
 
 @pytest.fixture
@@ -50,6 +51,13 @@ def error_norms(sample: Sample, seed: int = 0) -> dict[str, float]:
     ours, right = sample.evaluate(CF, grad), exact.evaluate(reference, grad.double())
     # The sum may be negative, and the ReLU of it zero.
     norms = {name: value.norm().item() for name, value in right.items()} | {"output": linear.norm().item()}
+    if "scale" in exact.tensors:  # its gradient is a sum of terms of either sign, which chance may bring close to zero
+        bare = {name: exact.tensors[name] for name in ("input", "weight")}
+        terms = grad.double() * dataclasses.replace(exact, tensors=bare, options=exact.options | {"activation": None})(
+            reference
+        )
+        terms = terms[linear > 0] if sample.before_relu else terms
+        norms["gradient of scale"] = max(norms["gradient of scale"], terms.norm().item())
     return {
         name: (ours[name].double() - value).norm().item() / max(norms[name], 1e-30) for name, value in right.items()
     }
@@ -82,6 +90,31 @@ def test_image_sizes(everywhere, height: int, taps: int, layout: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("filters", STRIDED)
+def test_image_sizes_with_a_stride(everywhere, filters: str, layout: str):
+    """Edges within the pixels that a filter steps over, and padding that is not a multiple of the stride."""
+    taps = parse(f"n1c1h64w64k1{filters}").r
+    paddings = (0, 0, 0, 0), (1, 1, 1, 1), (2, 2, 2, 2), (3, 1, 0, 2), (4, 5, 7, 6), (9, 9, 9, 9)
+    for size, padding in itertools.product((1, 2, 7, 8, 15, 16, 17, 22), paddings):
+        height, width = size, 24 - size
+        if height + padding[0] + padding[1] >= taps and width + padding[2] + padding[3] >= taps:
+            problem = parse(f"n2c3h{height}w{width}k6{filters}p{'x'.join(map(str, padding))}", layout)
+            assert "phases" in _C.plan(str(problem), "fprop")
+            assert_within_bound(
+                conv_sample(problem, None, size % 2 == 0, (None, "relu")[size % 2], size % 3 == 0, size % 3 > 0)
+            )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("filters", ("r4s4u2p1", "r7s7u2p3", "r11s11u4p2"))
+@pytest.mark.parametrize("channels", (1, 2, 4, 5, 7, 9, 15, 16, 17, 20, 24, 31, 32, 33, 52, 70))
+def test_channels_with_a_stride(everywhere, channels: int, filters: str, layout: str):
+    """Counts around those of which the pixels that a filter steps over come together, and their remainders."""
+    problem = parse(f"n2c{channels}h13w10k20{filters}", layout)
+    assert_within_bound(conv_sample(problem, activation="relu", residual=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("channels", (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 80, 130))
 def test_channels_and_filters(everywhere, channels: int, taps: int, layout: str):
@@ -105,14 +138,17 @@ def test_padding(everywhere, padding: str, layout: str):
 def test_numbers_of_tiles(everywhere, tiles: int):
     """Around the rows of the register tiles, and the tiles that a weight gradient sums at once."""
     assert_within_bound(
-        conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")), conv_sample(parse(f"n{tiles}c17h5w4k18r5s5p1"))
+        conv_sample(parse(f"n{tiles}c17h4w3k18r3s3p1")),
+        conv_sample(parse(f"n{tiles}c17h5w4k18r5s5p1")),
+        conv_sample(parse(f"n{tiles}c5h8w6k18r4s4u2p1")),
     )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transposed(everywhere, layout: str):
     texts = "n2c9h8w7k10r5s5p2", "n2c9h8w7k10r3s3p1", "n1c20h3w9k33r3s3p0x1", "n2c5h6w6k7r3s3p2", "n3c9h8w7k10r5s5"
-    for text in texts:
+    strided = "n2c9h8w7k10r4s4u2p1", "n2c40h9w8k7r7s7u2p3", "n2c3h20w17k10r11s11u4p2", "n2c20h12w9k5r6s6u2"
+    for text in texts + strided:
         assert_within_bound(transpose_sample(parse(text, layout)))
 
 
@@ -138,15 +174,25 @@ def test_input_gradients_of_long_images_are_gathered(everywhere):
 @pytest.mark.parametrize("arrange", (torch.Tensor.contiguous, lambda t: t.to(memory_format=torch.channels_last)))
 def test_weights_in_any_layout(everywhere, arrange):
     """Whatever the layout of the input; a weight may also have no dense layout at all."""
-    for taps in TAPS:
-        sample = conv_sample(parse(f"n2c36h7w6k40r{taps}s{taps}p1", "nchw"))
+    for filters in (*(f"r{taps}s{taps}" for taps in TAPS), "r4s4u2", "r7s7u2"):
+        sample = conv_sample(parse(f"n2c36h7w6k40{filters}p1", "nchw"))
         for weight in (arrange(sample.tensors["weight"]), sample.tensors["weight"].mT.contiguous().mT):
             assert_within_bound(dataclasses.replace(sample, tensors=sample.tensors | {"weight": weight}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ("bf16", "f16"))
-@pytest.mark.parametrize("text", ("n3c17h9w6k70r3s3p1", "n2c70h3w13k5r3s3p0x2x1x0", "n1c330h5w5k325r3s3p1"))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "n3c17h9w6k70r3s3p1",
+        "n2c70h3w13k5r3s3p0x2x1x0",
+        "n1c330h5w5k325r3s3p1",
+        "n3c17h9w12k70r4s4p1",
+        "n3c17h19w16k70r7s7u2p3",
+        "n3c3h25w26k70r11s11u4p2",
+    ),
+)
 def test_16_bit_types(everywhere, text: str, dtype: str, layout: str):
     """Edges of tiles, of vectors and of blocks, weights of every kind, filters transformed by block."""
     sample = conv_sample(parse(text, layout, dtype), activation="relu")
@@ -163,7 +209,10 @@ def test_unaligned_tensors(everywhere):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("text", ("n2c64h28w28k64r3s3p1", "n3c256h14w14k256r3s3p1", "n4c512h7w7k512r3s3p1"))
+@pytest.mark.parametrize(
+    "text",
+    ("n2c64h28w28k64r3s3p1", "n3c256h14w14k256r3s3p1", "n4c512h7w7k512r3s3p1", "n2c3h224w224k64r11s11u4p2"),
+)
 def test_the_bound_up_to_512_channels(text: str, layout: str):
     """As the plan takes it by itself; an error of 2e-6 would be twice what is documented as usual."""
     problem = parse(text, layout)
@@ -173,8 +222,17 @@ def test_the_bound_up_to_512_channels(text: str, layout: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("text", ("n128c20h12w12k50r5s5", "n8c64h27w27k192r5s5p2", "n4c256h14w14k256r5s5p2"))
-def test_the_bound_of_5x5(everywhere, text: str, layout: str):
+@pytest.mark.parametrize(
+    "text",
+    (
+        "n128c20h12w12k50r5s5",
+        "n8c64h27w27k192r5s5p2",
+        "n4c256h14w14k256r5s5p2",
+        "n4c256h14w14k256r4s4p1",
+        "n2c3h112w112k64r7s7u2p3",
+    ),
+)
+def test_the_bound_of_tiles_of_8x8(everywhere, text: str, layout: str):
     problem = parse(text, layout)
     assert all("winograd" in _C.plan(str(problem), which) for which in PASSES)
     errors = error_norms(conv_sample(problem))
@@ -207,12 +265,18 @@ def test_against_the_direct_kernel_where_the_source_comes_in_several_chunks():
         "n16c512h7w7k512r3s3p1",
         "n64c512h4w4k512r3s3p1",
         "n64c64h32w32k64r3s3p1",
+        "n8c64h32w32k64r4s4",
+        "n8c3h224w224k64r7s7u2p3",
+        "n8c3h224w224k64r11s11u4p2",
+        "n8c32h64w64k64r5s5u2p2",
     ),
 )
 def test_taken_for_large_layers(text: str, which: str):
+    problem = parse(text)
     for layout, dtype in itertools.product(LAYOUTS, ("f32", "bf16", "f16")):
-        # Where bf16 is multiplied in pairs, transforming many filters for few tiles costs more than the products saved.
-        if dtype != "bf16" or _C.isa() != "avx512_bf16" or "h7w7" not in text:
+        # Where bf16 is multiplied in pairs, transforming many filters for few tiles costs more than the products saved,
+        # and so does sorting the pixels that a stride steps over.
+        if dtype != "bf16" or _C.isa() != "avx512_bf16" or not ("h7w7" in text or problem.stride[0] > 1):
             assert "winograd" in _C.plan(str(parse(text, layout, dtype)), which)
         with convkit.set_winograd(False):
             assert "winograd" not in _C.plan(str(parse(text, layout, dtype)), which)
@@ -222,7 +286,11 @@ def test_taken_for_large_layers(text: str, which: str):
 @pytest.mark.parametrize(
     "text",
     (
-        "n8c64h56w56k64r3s3u2p1",
+        "n8c64h56w56k64r3s3u3p1",
+        "n8c64h56w56k64r5s5u3p1",
+        "n8c64h56w56k64r3s3u2x1p1",
+        "n8c64h56w56k64r2s2u2",
+        "n8c64h56w56k64r11s11u2p1",
         "n8c64h56w56k64r3s3p2d2",
         "n8c64h56w56k64r3s3p1g2",
         "n8c64h56w56k64r3s3p1g64",
@@ -242,7 +310,15 @@ def test_never_for_float64(everywhere, which: str):
 
 
 @pytest.mark.parametrize(
-    "text", ("n1c64h4w4k64r3s3p1", "n64c3h32w32k64r3s3p1", "n8c4h32w32k4r3s3p1", "n2c17h9w9k33r3s3p1")
+    "text",
+    (
+        "n1c64h4w4k64r3s3p1",
+        "n64c3h32w32k64r3s3p1",
+        "n8c4h32w32k4r3s3p1",
+        "n2c17h9w9k33r3s3p1",
+        "n16c256h28w28k256r3s3u2p1",
+        "n64c512h4w4k512r4s4u2p1",
+    ),
 )
 def test_not_where_it_is_slower(text: str):
     """Few channels: the transforms cost more than they save. Few pixels: the filters' transforms do."""
@@ -266,6 +342,7 @@ def test_the_same_choice_for_any_number_of_threads():
         "n5c64h13w17k70r3s3p1",  # shared filters, several parts of a weight gradient
         "n2c330h9w9k325r3s3p1",  # filters transformed by block
         "n7c20h12w12k70r5s5",  # input gradients of whole images, some of them of one task
+        "n3c20h33w28k70r7s7u2p3",
     ),
 )
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,5 @@
-// 3x3 and 5x5 convolutions with stride 1 by Winograd's F(4x4, 3x3) and F(4x4, 5x5): a quarter of the multiplications or
-// a sixth, all three passes.
+// Convolutions with filters of 2x2 to 5x5 taps by Winograd's F(5x5, 2x2), F(4x4, 3x3), F(5x5, 4x4) and F(4x4, 5x5): between
+// a third and a sixth of the multiplications, all three passes.
 //
 // Tiles of 6 x 6 (8 x 8) source pixels are transformed to as many positions, each position is a matrix product of its own
 // (tiles x channels times channels x filters; in the weight gradient filters x tiles times tiles x channels), and the sums
@@ -8,6 +8,10 @@
 // Everything between lies in blocks [36][rows][64] of a few tiles (or a few filters) and 64 channels, so that what a product
 // reads and writes is next to each other whatever the tensor's size: rows of 64 values have the same distance in every
 // operand, and a block is a part of a core's second-level cache.
+//
+// With stride s, the s x s pixels that the filter steps over, its phases, are channels of one pixel, and a filter of r taps
+// is one of ceil(r / s) for each phase, with zeros where it has no such tap: 11x11 with stride 4 is 3x3 with 16 times the
+// channels. Pixels are sorted so in rows of tiles, on their way to the transforms or from them, and filters before.
 #include "../kernels.h"
 #include "rows_tile.h"
 #include "staging.h"
@@ -82,26 +86,44 @@ CONVKIT_INLINE Range part(int64_t total, int64_t parts, int64_t i) { return {tot
 // Channels or filters of a block.
 CONVKIT_INLINE Range block_of(int64_t total, int64_t i) { return {i * kWidth, min_of(total, (i + 1) * kWidth)}; }
 
-template <class S> CONVKIT_INLINE V load_up_to(const S* p, int64_t n) { return n >= L ? load(p) : load_n(p, int(n)); }
-
-// Of up to a vector of channels, as bias_of gives it.
-template <class S> CONVKIT_INLINE V biases_up_to(const ConvArgs& a, int64_t channel, int64_t n) {
-  if (a.scale != nullptr) return load_up_to(static_cast<const float*>(a.bias) + channel, n);
-  return load_up_to(static_cast<const S*>(a.bias) + channel, n);
+// What transposes in registers, or may: once for a type rather than once for a type and filter, for it is long.
+template <class S>
+__attribute__((noinline)) void stage_run(const S* image, Layout layout, int64_t hw, int64_t c, int64_t first, int64_t pixels,
+                                         int64_t channel, int64_t channels, float* to, int64_t pixel) {
+  stage_pixels(image, layout, hw, c, first, pixels, channel, channels, to, pixel);
+}
+template <class S, class Finish>
+__attribute__((noinline)) void unstage_run(const float* from, int64_t pixel, S* image, Layout layout, int64_t hw, int64_t c, int64_t first,
+                                           int64_t pixels, int64_t channel, int64_t channels, Finish finish) {
+  unstage_pixels(from, pixel, image, layout, hw, c, first, pixels, channel, channels, finish);
+}
+template <class S, int kColumns = 0>  // columns, where they are known
+__attribute__((noinline)) void transpose_run(const S* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  if constexpr (kColumns > 0) columns = kColumns;
+  transpose_block(from, from_stride, to, to_stride, rows, columns);
 }
 
-// A tensor whose pixels are cut into tiles of `extent` pixels whose first is at (4 * ty - top, 4 * tx - left).
+// Channels of phases lie in lines (column of the phase, channel) of as many channels of the image as this, of those that are
+// left, and a line for each row. A line is a divisor of kWidth, or all that is left together is less: a block holds whole lines.
+CONVKIT_INLINE int64_t line_channels(int64_t left, int64_t stride) {
+  if (left * stride * stride <= kWidth) return left;
+  int64_t wide = kWidth / stride;
+  while (wide > left) wide /= 2;
+  return wide;
+}
+
+// A tensor whose pixels are cut into tiles whose first is at (ty * outputs - top, tx * outputs - left).
 template <class S> struct Pixels {
   const S* data;
   int64_t h, w, c;
-  Layout layout;
   int64_t top, left;
+  bool phased;  // h, w and c are those of pixels of phases
 };
 
-// For filters of kFilter x kFilter taps.
+// For filters of kFilter x kFilter taps, as they are computed.
 template <class S, int kFilter> struct Tiles {
   using Transforms = Winograd<kFilter>;
-  static constexpr int kTileIn = Transforms::tile, kPositions = kTileIn * kTileIn, kTaps = kFilter * kFilter;
+  static constexpr int kTileIn = Transforms::tile, kTileOut = Transforms::outputs, kPositions = kTileIn * kTileIn, kTaps = kFilter * kFilter;
   const ConvArgs& a;
   const Pool& pool;
   const ConvProblem& p = a.problem;
@@ -112,6 +134,8 @@ template <class S, int kFilter> struct Tiles {
   Tiles(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
   float* at(const Piece& piece) const { return reinterpret_cast<float*>(ws + piece.offset); }
+  // Of a row of pixels of phases.
+  int64_t line_floats() const { return (kTileOut * plan.tiles_w + kFilter - 1) * kWidth; }
   float* scratch(int thread) const { return reinterpret_cast<float*>(ws + plan.scratch.offset + thread * plan.scratch_bytes); }
 
   // Tiles [tiles.begin, tiles.end) as runs of neighbours in a row of tiles: f(image, ty, first tx, last tx, first tile).
@@ -123,45 +147,101 @@ template <class S, int kFilter> struct Tiles {
     }
   }
 
-  // The transforms of `tiles` and channels [channel, channel + channels): position x of tile t goes to
-  // to(t) + x * step. Strip: where contiguous pixels are turned into channels-last ones, a row of tiles at a time.
-  template <class Transform, class To>
-  CONVKIT_INLINE void transform_pixels(const Pixels<S>& from, Range tiles, int64_t channel, int64_t channels, float* strip, int64_t step, To&& to) const {
+  // The lines of phases that channels `channels` are: f(first channel of the image, how many, row of the phase, where in `channels`).
+  template <class F> CONVKIT_INLINE void each_line(Range channels, F&& f) const {
+    const int64_t s = plan.stride;
+    int64_t c = min_of(channels.begin / (s * kWidth), p.c * s / kWidth) * (kWidth / s), at = c * s * s - channels.begin;
+    for (int64_t wide; c < p.c; c += wide) {
+      wide = line_channels(p.c - c, s);
+      for (int64_t y = 0; y < s; ++y, at += s * wide)
+        if (at >= channels.end - channels.begin) return;
+        else if (at >= 0) f(c, wide, y, at);
+    }
+  }
+
+  // Columns of an image's row that pixels [x, x + across) of phases hold: those that exist, counted from the first.
+  Range columns_of(int64_t x, int64_t across) const {
+    int64_t first = x * plan.stride - plan.first_left, begin = min_of(max_of<int64_t>(0, -first), across * plan.stride);
+    return {begin, max_of(begin, min_of(across * plan.stride, p.w - first))};
+  }
+
+  // Pixels of phases, from (y, x) on: `down` rows of `across`, channels `channels` of them, `pixel` apart. Line: for a row of
+  // some channels of the image.
+  void stage_phases(const S* image, int64_t y, int64_t x, int64_t down, int64_t across, Range channels, float* to, int64_t pixel, float* line) const {
+    const int64_t s = plan.stride;
+    Range columns = columns_of(x, across);
+    each_line(channels, [&](int64_t c, int64_t wide, int64_t phase, int64_t at) {
+      for (int64_t i = 0; i < down; ++i) {
+        int64_t row = (y + i) * s + phase - plan.first_top;
+        Range inside = row >= 0 && row < p.h ? columns : Range{0, 0};
+        float *pixels = to + i * across * pixel + at, *staged = s * wide == pixel ? pixels : line;
+        fill_zero(staged, inside.begin * wide);
+        if (inside.begin < inside.end)
+          stage_run(image, p.layout, p.h * p.w, p.c, row * p.w + x * s - plan.first_left + inside.begin, inside.end - inside.begin, c, wide,
+                    staged + inside.begin * wide, wide);
+        fill_zero(staged + inside.end * wide, (across * s - inside.end) * wide);
+        if (staged != pixels)
+          for (int64_t j = 0; j < across; ++j) copy_values(staged + j * s * wide, pixels + j * pixel, s * wide);
+      }
+    });
+  }
+
+  // The inverse.
+  void unstage_phases(const float* from, int64_t pixel, S* image, int64_t y, int64_t x, int64_t down, int64_t across, Range channels, float* line) const {
+    const int64_t s = plan.stride;
+    Range columns = columns_of(x, across);
+    each_line(channels, [&](int64_t c, int64_t wide, int64_t phase, int64_t at) {
+      for (int64_t i = 0; i < down; ++i) {
+        int64_t row = (y + i) * s + phase - plan.first_top;
+        if (row < 0 || row >= p.h || columns.begin == columns.end) continue;
+        const float *pixels = from + i * across * pixel + at, *staged = s * wide == pixel ? pixels : line;
+        if (staged != pixels)
+          for (int64_t j = 0; j < across; ++j) copy_values(pixels + j * pixel, line + j * s * wide, s * wide);
+        unstage_run(staged + columns.begin * wide, wide, image, p.layout, p.h * p.w, p.c, row * p.w + x * s - plan.first_left + columns.begin,
+                    columns.end - columns.begin, c, wide, AsItIs{});
+      }
+    });
+  }
+
+  // The transforms of `tiles` and channels [channel, channel + channels): position x of tile t goes to to(t) + x * step.
+  // Strip: where pixels become channels-last ones, float32, or phases, a row of tiles at a time.
+  template <class Transform, int64_t kStep = 0, class To>
+  CONVKIT_INLINE void transform_pixels(const Pixels<S>& from, Range tiles, int64_t channel, int64_t channels, float* strip, To&& to, int64_t step = kStep) const {
     constexpr int E = Transform::in;
+    static const float zeros[kWidth] = {};
     rows_of(tiles, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut - from.top, x0 = tx0 * kTileOut - from.left;
       int64_t x_first = max_of<int64_t>(0, x0), x_last = min_of(from.w, x0 + (tx1 - tx0 - 1) * kTileOut + E);
       int64_t y_first = max_of<int64_t>(0, y0), y_last = min_of(from.h, y0 + E);
-      // Base: pixel (y_first, x_first) of what is stored, or of the strip.
-      auto transform_row = [&]<class P>(const P* base, int64_t pixel, int64_t row) {
-        static const P zeros[kWidth] = {};
-        for (int64_t tx = tx0; tx < tx1; ++tx, ++tile) {
-          const P* pixels[E][E];
-          for (int i = 0; i < E; ++i)
-            for (int j = 0; j < E; ++j) {
-              int64_t y = y0 + i, x = x0 + (tx - tx0) * kTileOut + j;
-              bool inside = y >= 0 && y < from.h && x >= 0 && x < from.w;
-              pixels[i][j] = inside ? base + (y - y_first) * row + (x - x_first) * pixel : zeros;
-            }
-          float* target = to(tile);
-          int64_t v = 0;
-          for (; v + L <= channels; v += L)
-            transform_tile<Transform>([&](int i, int j) { return load(pixels[i][j] + v); },
-                                      [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
-          if (v < channels)
-            transform_tile<Transform>([&](int i, int j) { return load_n(pixels[i][j] + v, int(channels - v)); },
-                                      [&](int i, int j, V value) { store(target + (i * kTileIn + j) * step + v, value); });
-        }
-      };
-      const S* data = from.data + image * from.h * from.w * from.c;
-      if (from.layout == Layout::nhwc) return transform_row(data + (y_first * from.w + x_first) * from.c + channel, from.c, from.w * from.c);
-      // Rows that are whole are one run of pixels.
       int64_t across = max_of<int64_t>(0, x_last - x_first), down = max_of<int64_t>(0, y_last - y_first);
-      bool whole = across == from.w;
-      const S* plane = data + (channel * from.h + y_first) * from.w + x_first;
-      for (int64_t y = 0; y < (whole && down > 0 ? 1 : down); ++y)
-        transpose_block(plane + y * from.w, from.h * from.w, strip + y * across * kWidth, kWidth, channels, whole ? down * across : across);
-      transform_row(static_cast<const float*>(strip), kWidth, across * kWidth);
+      // Base: pixel (y_first, x_first) of the strip, or of what is stored where that may be taken as it is.
+      const float* base = strip;
+      int64_t pixel = kWidth, row = across * kWidth;
+      if (from.phased) {
+        pixel = ceil_div(channels, L) * L, row = across * pixel;
+        float* pixels = strip + line_floats();
+        base = pixels;
+        stage_phases(from.data + image * p.h * p.w * p.c, y_first, x_first, down, across, {channel, channel + channels}, pixels, pixel, strip);
+      } else {
+        const S* data = from.data + image * from.h * from.w * from.c;
+        if constexpr (sizeof(S) == sizeof(float))
+          if (p.layout == Layout::nhwc) base = data + (y_first * from.w + x_first) * from.c + channel, pixel = from.c, row = from.w * from.c;
+        bool whole = across == from.w;  // rows that are whole are one run of pixels
+        if (base == strip)
+          for (int64_t y = 0; y < (whole && down > 0 ? 1 : down); ++y)
+            stage_run(data, p.layout, from.h * from.w, from.c, (y_first + y) * from.w + x_first, whole ? down * across : across, channel,
+                      channels, strip + y * row, kWidth);
+      }
+      for (int64_t tx = tx0; tx < tx1; ++tx, ++tile, x0 += kTileOut) {
+        const float* at[E * E];
+        for (int i = 0; i < E; ++i)
+          for (int j = 0; j < E; ++j) {
+            int64_t y = y0 + i, x = x0 + j;
+            bool inside = y >= 0 && y < from.h && x >= 0 && x < from.w;
+            at[i * E + j] = inside ? base + (y - y_first) * row + (x - x_first) * pixel : zeros;
+          }
+        transform_channels<Transform, kStep>(at, channels, to(tile), step);
+      }
     });
   }
 
@@ -183,15 +263,19 @@ template <class S, int kFilter> struct Tiles {
       for (int64_t d = rows.begin; d < rows.end; d += kDepthPiece) {
         int64_t deep = min_of(kDepthPiece, rows.end - d);
         const S* from = weight + first * column_stride + (depth.begin + d) * depth_stride;
-        bool direct = column_stride == 1 && wide == L;
-        if (direct) {
+        if (column_stride == 1) {
+          for (int64_t i = 0; i < deep; ++i)
+            for (int t = 0; t < kTaps; ++t) {
+              const S* tap = from + i * depth_stride + t / kFilter * st.r + t % kFilter * st.s;
+              store(taps[i][t], wide == L ? load(tap) : load_n(tap, int(wide)));
+            }
         } else if (run_of_taps && depth_stride == kTaps) {
-          transpose_block(from, column_stride, taps[0][0], L, wide, deep * kTaps);
+          transpose_run(from, column_stride, taps[0][0], L, wide, deep * kTaps);
         } else if (run_of_taps) {
-          for (int64_t i = 0; i < deep; ++i) transpose_block(from + i * depth_stride, column_stride, taps[i][0], L, wide, kTaps);
+          for (int64_t i = 0; i < deep; ++i) transpose_run<S, kTaps>(from + i * depth_stride, column_stride, taps[i][0], L, wide, kTaps);
         } else if (depth_stride == 1) {
           for (int t = 0; t < kTaps; ++t)
-            transpose_block(from + t / kFilter * st.r + t % kFilter * st.s, column_stride, taps[0][t], kTaps * L, wide, deep);
+            transpose_run(from + t / kFilter * st.r + t % kFilter * st.s, column_stride, taps[0][t], kTaps * L, wide, deep);
         } else {
           for (int64_t i = 0; i < deep; ++i)
             for (int t = 0; t < kTaps; ++t)
@@ -199,16 +283,9 @@ template <class S, int kFilter> struct Tiles {
                 taps[i][t][j] = get(from + i * depth_stride + t / kFilter * st.r + t % kFilter * st.s + j * column_stride);
         }
         for (int64_t i = 0; i < deep; ++i) {
-          float* target = to + (d + i) * kWidth + (first - columns.begin);
-          auto keep = [&](int y, int x, V value) { store(target + (y * kTileIn + x) * kPanel, value); };
-          auto transform = [&](const auto* tap, int64_t row, int64_t column) {
-            if (plan.input_grad && !plan.spread) tap += (row + column) * (kFilter - 1), row = -row, column = -column;  // half a turn
-            int n = int(wide);
-            if (wide == L) transform_tile<typename Transforms::Filter>([&](int y, int x) { return load(tap + y * row + x * column); }, keep);
-            else transform_tile<typename Transforms::Filter>([&](int y, int x) { return load_n(tap + y * row + x * column, n); }, keep);
-          };
-          if (direct) transform(from + i * depth_stride, st.r, st.s);
-          else transform(taps[i][0], kFilter * L, L);
+          const float* tap[kTaps];
+          for (int t = 0; t < kTaps; ++t) tap[t] = taps[i][plan.input_grad && !plan.spread ? kTaps - 1 - t : t];  // half a turn
+          transform_channels<typename Transforms::Filter, kPanel>(tap, L, to + (d + i) * kWidth + (first - columns.begin));
         }
       }
     }
@@ -223,7 +300,7 @@ template <class S, int kFilter> struct Tiles {
   void transform_source(const Pixels<S>& src, Range groups, int64_t depth_block, float* to, float* strip) const {
     Range depth = block_of(plan.src_c, depth_block), tiles{group(groups.begin).begin, group(groups.end - 1).end};
     auto transform = [&]<class Transform>(Tag<Transform>) {
-      transform_pixels<Transform>(src, tiles, depth.begin, depth.end - depth.begin, strip, kProductRows * kWidth, [&](int64_t tile) {
+      transform_pixels<Transform, kProductRows * kWidth>(src, tiles, depth.begin, depth.end - depth.begin, strip, [&](int64_t tile) {
         int64_t g = group_of(tile);
         return to + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
       });
@@ -231,7 +308,7 @@ template <class S, int kFilter> struct Tiles {
     plan.spread ? transform(Tag<typename Transforms::Grad>{}) : transform(Tag<typename Transforms::Source>{});
   }
 
-  // One block of depth of the 36 products: sums[group][position][tile][column] (+)= source * filters.
+  // One block of depth of the products: sums[group][position][tile][column] (+)= source * filters.
   void multiply(const float* source, const float* filters, float* sums, Range groups, int64_t column_block, int64_t depth_block) const {
     Range columns = block_of(plan.dst_c, column_block), depth = block_of(plan.src_c, depth_block);
     int64_t count = groups.end - groups.begin, deep = depth.end - depth.begin;
@@ -250,103 +327,72 @@ template <class S, int kFilter> struct Tiles {
   void transform_output(const float* sums, Range groups, int64_t column_block, float* strip) const {
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w;
-    const float* scale = a.scale == nullptr ? nullptr : static_cast<const float*>(a.scale) + columns.begin;
-    bool nchw = p.layout == Layout::nchw;
-    // Contiguous pixels meet the residual, and then ReLU, on their way from the strip.
-    const S* residual = nchw ? nullptr : static_cast<const S*>(a.residual);
-    bool relu_here = a.relu && !(nchw && a.residual != nullptr);
+    bool phased = plan.input_grad && plan.stride > 1, direct = sizeof(S) == sizeof(float) && p.layout == Layout::nhwc && !phased;
+    // What goes through the strip meets the residual, and then ReLU, on its way from there. (Gradients have neither.)
+    const float* residual = direct ? static_cast<const float*>(a.residual) : nullptr;
+    float biases[kWidth];
+    Epilogue epilogue{a.scale == nullptr ? nullptr : static_cast<const float*>(a.scale) + columns.begin, biases_of(columns, biases),
+                      a.relu && (direct || a.residual == nullptr), streaming};
     rows_of({group(groups.begin).begin, group(groups.end - 1).end}, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut, x0 = tx0 * kTileOut, down = min_of<int64_t>(kTileOut, h - y0), across = min_of(tx1 * kTileOut, w) - x0;
       int64_t first = ((image * h + y0) * w + x0) * plan.dst_c + columns.begin;  // of the tensor, if pixels lie together
-      // Base: where the row's first output goes, in the tensor or in the strip.
-      auto transform_row = [&]<class P>(P* base, int64_t pixel, int64_t row) {
-        for (int64_t tx = tx0, at = first; tx < tx1; ++tx, ++tile, base += kTileOut * pixel, at += kTileOut * pixel) {
-          int64_t g = group_of(tile), right = min_of<int64_t>(kTileOut, w - tx * kTileOut);
-          const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
-          bool whole = down == kTileOut && right == kTileOut;
-          for (int64_t v = 0; v < channels; v += L) {
-            int64_t lanes = min_of<int64_t>(L, channels - v);
-            V y[kTileOut][kTileOut];
-            transform_tile<typename Transforms::Output>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
-                                                        [&](int i, int j, V value) { y[i][j] = value; });
-            if (scale != nullptr) {
-              V factor = load_up_to(scale + v, lanes);
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] *= factor;
-            }
-            if (a.bias != nullptr) {
-              V add = biases_up_to<S>(a, columns.begin + v, lanes);
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] += add;
-            }
-            if (residual != nullptr)
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j)
-                  if (i < down && j < right) y[i][j] += load_up_to(residual + at + i * row + j * pixel + v, lanes);
-            if (relu_here)
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) y[i][j] = relu<float>(y[i][j]);
-            if constexpr (kLine<P> == L)
-              if (whole && streaming) {
-                CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                  CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) stream(base + i * row + j * pixel + v, y[i][j]);
-                continue;
-              }
-            if (whole && lanes == L) {
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) store(base + i * row + j * pixel + v, y[i][j]);
-            } else {
-              CONVKIT_UNROLL for (int i = 0; i < kTileOut; ++i)
-                CONVKIT_UNROLL for (int j = 0; j < kTileOut; ++j) {
-                  if (i >= down || j >= right) continue;
-                  if (lanes == L) store(base + i * row + j * pixel + v, y[i][j]);
-                  else store_n(base + i * row + j * pixel + v, y[i][j], int(lanes));
-                }
-            }
-          }
-        }
-      };
-      S* out = static_cast<S*>(a.dst) + image * h * w * plan.dst_c;
-      if (p.layout == Layout::nhwc) return transform_row(out + (y0 * w + x0) * plan.dst_c + columns.begin, plan.dst_c, w * plan.dst_c);
-      transform_row(strip, kWidth, across * kWidth);
-      S* plane = out + (columns.begin * h + y0) * w + x0;
+      float* pixels = phased ? strip + line_floats() : strip;
+      OutputTile to{pixels, nullptr, across * kWidth, kWidth, down, 0};
+      if (direct) to = {static_cast<float*>(a.dst) + first, residual == nullptr ? nullptr : residual + first, w * plan.dst_c, plan.dst_c, down, 0};
+      for (int64_t tx = tx0; tx < tx1; ++tx, ++tile, to.to += kTileOut * to.pixel) {
+        int64_t g = group_of(tile);
+        to.right = min_of<int64_t>(kTileOut, w - tx * kTileOut);
+        transform_output_tile<typename Transforms::Output>(sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth, kProductRows * kWidth, channels, to, epilogue);
+        if (to.residual != nullptr) to.residual += kTileOut * to.pixel;
+      }
+      if (direct) return;
+      S* out = static_cast<S*>(a.dst);
+      if (phased) return unstage_phases(pixels, kWidth, out + image * p.h * p.w * p.c, y0, x0, down, across, columns, strip);
       bool whole = across == w;
       with_residual<S>(a, [&](auto finish) {
         for (int64_t y = 0; y < (whole ? 1 : down); ++y)
-          transpose_block(strip + y * across * kWidth, kWidth, plane + y * w, h * w, whole ? down * across : across, channels, false, finish);
+          unstage_run(strip + y * across * kWidth, kWidth, out + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, (y0 + y) * w + x0, whole ? down * across : across,
+                         columns.begin, channels, finish);
       });
     });
     if (streaming) fence();
+  }
+
+  // Whole vectors of the biases of columns, in `values`; null if there are none.
+  const float* biases_of(Range columns, float* values) const {
+    if (a.bias == nullptr) return nullptr;
+    fill_zero(values, kWidth);
+    if (plan.input_grad && plan.stride > 1)
+      each_line(columns, [&](int64_t c, int64_t wide, int64_t, int64_t at) {
+        for (int64_t i = 0; i < plan.stride * wide; ++i) values[at + i] = bias_of<S>(a, c + i % wide);
+      });
+    else
+      for (int64_t i = columns.begin; i < columns.end; ++i) values[i - columns.begin] = bias_of<S>(a, i);
+    return values;
   }
 
   // Of whole images: what the tiles come to at the pixels that they reach, of which neighbours share some, is added up.
   void spread_output(const float* sums, Range groups, int64_t column_block, float* pixels) const {
     Range columns = block_of(plan.dst_c, column_block);
     int64_t channels = columns.end - columns.begin, h = plan.dst_h, w = plan.dst_w, tiles = plan.tiles_h * plan.tiles_w;
+    float values[kWidth];
+    const float* biases = biases_of(columns, values);
     for (int64_t image = groups.begin / plan.image_groups; image < groups.end / plan.image_groups; ++image) {
       for (int64_t v = 0; v < channels; v += L) {
-        V first = a.bias != nullptr ? biases_up_to<S>(a, columns.begin + v, channels - v) : V{};
+        V first = biases != nullptr ? load(biases + v) : V{};
         for (int64_t i = 0; i < h * w; ++i) store(pixels + i * kWidth + v, first);
       }
       for (int64_t tile = image * tiles; tile < (image + 1) * tiles; ++tile) {
-        int64_t y0 = tile % tiles / plan.tiles_w * kTileOut - plan.pad_top, x0 = tile % plan.tiles_w * kTileOut - plan.pad_left, g = group_of(tile);
-        const float* from = sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth;
-        uint32_t rows = 0, across = 0;  // bit i: does row, does column i of the tile exist?
-        for (int i = 0; i < kTileIn; ++i) rows |= uint32_t(y0 + i >= 0 && y0 + i < h) << i, across |= uint32_t(x0 + i >= 0 && x0 + i < w) << i;
-        for (int64_t v = 0; v < channels; v += L)
-          transform_tile<typename Transforms::Spread>([&](int i, int j) { return load(from + (i * kTileIn + j) * (kProductRows * kWidth) + v); },
-                                                      [&](int i, int j, V value) {
-                                                        if ((rows >> i & across >> j & 1) == 0) return;
-                                                        float* pixel = pixels + ((y0 + i) * w + x0 + j) * kWidth + v;
-                                                        store(pixel, load(pixel) + value);
-                                                      });
+        int64_t y = tile % tiles / plan.tiles_w * kTileOut - plan.pad_top, x = tile % plan.tiles_w * kTileOut - plan.pad_left, g = group_of(tile);
+        spread_tile<typename Transforms::Spread>(sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth, kProductRows * kWidth, channels, pixels, kWidth, y, x, h, w);
       }
-      unstage_pixels(pixels, kWidth, static_cast<S*>(a.dst) + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, 0, h * w, columns.begin, channels);
+      unstage_run(pixels, kWidth, static_cast<S*>(a.dst) + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, 0, h * w, columns.begin, channels, AsItIs{});
     }
   }
 
   void forward() const {
-    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.spread ? 0 : plan.pad_top, plan.spread ? 0 : plan.pad_left};
+    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, plan.spread ? 0 : plan.pad_top, plan.spread ? 0 : plan.pad_left,
+                  !plan.input_grad && plan.stride > 1};
     float *filters = at(plan.filters), *source = at(plan.source);
     int64_t filter_blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     if (plan.shared_filters) {
@@ -365,12 +411,22 @@ template <class S, int kFilter> struct Tiles {
           Range groups = part(plan.groups / plan.image_groups, plan.tile_blocks, i);
           groups = {groups.begin * plan.image_groups, groups.end * plan.image_groups};
           int64_t size = (groups.end - groups.begin) * kGroupBlock;
-          float *sums = local + plan.depth_blocks * size, *strip = sums + size;
-          for (int64_t d = 0; d < plan.depth_blocks; ++d) transform_source(src, groups, d, local + d * size, strip);
-          for (int64_t c = 0; c < plan.column_blocks; ++c) {
-            for (int64_t d = 0; d < plan.depth_blocks; ++d)
-              multiply(local + d * size, filters + (c * plan.depth_blocks + d) * block, sums, groups, c, d);
-            plan.spread ? spread_output(sums, groups, c, strip) : transform_output(sums, groups, c, strip);
+          // All blocks of the source are kept and one of sums, or the other way round: whichever is less.
+          float* strip = local + (min_of(plan.depth_blocks, plan.column_blocks) + 1) * size;
+          auto finish = [&](const float* sums, int64_t c) { plan.spread ? spread_output(sums, groups, c, strip) : transform_output(sums, groups, c, strip); };
+          auto multiply_block = [&](const float* source, float* sums, int64_t c, int64_t d) { multiply(source, filters + (c * plan.depth_blocks + d) * block, sums, groups, c, d); };
+          if (plan.depth_blocks <= plan.column_blocks) {
+            for (int64_t d = 0; d < plan.depth_blocks; ++d) transform_source(src, groups, d, local + (d + 1) * size, strip);
+            for (int64_t c = 0; c < plan.column_blocks; ++c) {
+              for (int64_t d = 0; d < plan.depth_blocks; ++d) multiply_block(local + (d + 1) * size, local, c, d);
+              finish(local, c);
+            }
+          } else {
+            for (int64_t d = 0; d < plan.depth_blocks; ++d) {
+              transform_source(src, groups, d, local, strip);
+              for (int64_t c = 0; c < plan.column_blocks; ++c) multiply_block(local, local + (c + 1) * size, c, d);
+            }
+            for (int64_t c = 0; c < plan.column_blocks; ++c) finish(local + (c + 1) * size, c);
           }
         }
       });
@@ -412,9 +468,8 @@ template <class S, int kFilter> struct Tiles {
     for (int64_t i = 0; i < pieces; ++i) {
       Range now = part(tiles.end - tiles.begin, pieces, i);
       now = {tiles.begin + now.begin, tiles.begin + now.end};
-      transform_pixels<typename Transforms::Source>(x, now, channels.begin, wide, strip, step, [&](int64_t t) { return source + (t - now.begin) * kWidth; });
-      transform_pixels<typename Transforms::Grad>(grad, now, filters.begin, filters.end - filters.begin, strip, step,
-                                      [&](int64_t t) { return gradient + (t - now.begin) * kWidth; });
+      transform_pixels<typename Transforms::Source>(x, now, channels.begin, wide, strip, [&](int64_t t) { return source + (t - now.begin) * kWidth; }, step);
+      transform_pixels<typename Transforms::Grad>(grad, now, filters.begin, filters.end - filters.begin, strip, [&](int64_t t) { return gradient + (t - now.begin) * kWidth; }, step);
       for (int64_t position = 0; position < kPositions; ++position)
         for (int64_t tile = 0; tile < row_tiles; ++tile) {
           Range rows = part(filters.end - filters.begin, row_tiles, tile);
@@ -441,21 +496,23 @@ template <class S, int kFilter> struct Tiles {
     for (int64_t first = channels.begin; first < channels.end; first += L) {
       int lanes = int(min_of<int64_t>(L, channels.end - first));
       const float* from = sums + row * kWidth + (first - channels.begin);
-      float taps[kTaps][L];
-      transform_tile<typename Transforms::WeightGrad>(
-          [&](int i, int j) {
-            const float* sum = from + (i * kTileIn + j) * kPanel;
-            V total = load(sum);
-            for (int64_t s = 1; s < splits; ++s) total += load(sum + s * split_step);
-            return total;
-          },
-          [&](int i, int j, V value) { store(taps[i * kFilter + j], value); });
+      float taps[kTaps][L], totals[kPositions][L];
+      const float* total[kPositions];
+      for (int x = 0; x < kPositions; ++x) {
+        const float* sum = from + x * kPanel;
+        total[x] = sum;
+        if (splits == 1) continue;
+        V all = load(sum);
+        for (int64_t s = 1; s < splits; ++s) all += load(sum + s * split_step);
+        store(totals[x], all), total[x] = totals[x];
+      }
+      transform_channels<typename Transforms::WeightGrad, L>(total, L, taps[0]);
       S* to = weight + first * st.c;
       if (st.c == 1) {
         CONVKIT_UNROLL for (int t = 0; t < kTaps; ++t) write(to + t / kFilter * st.r + t % kFilter * st.s, taps[t], lanes);
       } else if (st.s == 1 && st.r == kFilter && st.c == kTaps) {
         float line[L * kTaps];
-        transpose_block(taps[0], L, line, kTaps, kTaps, lanes);
+        transpose_run(taps[0], L, line, kTaps, kTaps, lanes);
         write(to, line, lanes * kTaps);
       } else {
         for (int t = 0; t < kTaps; ++t)
@@ -465,8 +522,8 @@ template <class S, int kFilter> struct Tiles {
   }
 
   void weight_grad() const {
-    Pixels<S> x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, plan.src_c, p.layout, plan.pad_top, plan.pad_left};
-    Pixels<S> grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, plan.dst_c, p.layout, 0, 0};
+    Pixels<S> x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, plan.src_c, plan.pad_top, plan.pad_left, plan.stride > 1};
+    Pixels<S> grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, plan.dst_c, 0, 0, false};
     int64_t blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     auto filters_of = [&](int64_t i) { return block_of(plan.dst_c, i / plan.depth_blocks); };
     auto channels_of = [&](int64_t i) { return block_of(plan.src_c, i % plan.depth_blocks); };
@@ -495,14 +552,59 @@ template <class S, int kFilter> struct Tiles {
   }
 };
 
+// Between filters and those of their phases, channels last, that are computed instead.
+template <class S> void copy_filters(const ConvArgs& a, S* weight, S* computed, bool back, const Pool& pool) {
+  const ConvProblem& p = a.problem;
+  const WinogradPlan& plan = a.plan.winograd;
+  const WeightStrides& st = a.weight_strides;
+  parallel(pool, p.k, [&](int64_t begin, int64_t end, int) {
+    for (int64_t k = begin; k < end; ++k) {
+      S* to = computed + k * plan.taps * plan.taps * plan.stride * plan.stride * p.c;
+      for (int64_t i = 0; i < plan.taps; ++i)
+        for (int64_t j = 0; j < plan.taps; ++j)
+          for (int64_t c = 0, wide; c < p.c; c += wide) {
+            wide = line_channels(p.c - c, plan.stride);
+            for (int64_t y = i * plan.stride; y < (i + 1) * plan.stride; ++y)
+              for (int64_t x = j * plan.stride; x < (j + 1) * plan.stride; ++x, to += wide) {
+                S* from = weight + k * st.k + c * st.c + y * st.r + x * st.s;
+                if (y >= p.r || x >= p.s) {
+                  if (!back) fill_zero(to, wide);
+                } else if (back) {
+                  for (int64_t l = 0; l < wide; ++l) from[l * st.c] = to[l];
+                } else {
+                  for (int64_t l = 0; l < wide; ++l) to[l] = from[l * st.c];
+                }
+              }
+          }
+    }
+  });
+}
+
 }  // namespace
 
-void winograd(const ConvArgs& a, Pass pass, const Pool& pool) {
-  with_type(a.problem.dtype, [&]<class S>(Tag<S>) {
+void winograd(const ConvArgs& args, Pass pass, const Pool& pool) {
+  const WinogradPlan& plan = args.plan.winograd;
+  const ConvProblem& p = args.problem;
+  with_type(p.dtype, [&]<class S>(Tag<S>) {
     if constexpr (sizeof(compute_t<S>) == sizeof(float)) {
-      auto run = [&](auto tiles) { pass == Pass::weight_grad ? tiles.weight_grad() : tiles.forward(); };
-      if (a.problem.r == 3) run(Tiles<S, 3>(a, pool));
-      else run(Tiles<S, 5>(a, pool));
+      ConvArgs a = args;
+      bool back = pass == Pass::weight_grad;
+      S* weight = static_cast<S*>(back ? args.dst : const_cast<void*>(args.weight));
+      S* computed = reinterpret_cast<S*>(static_cast<char*>(args.workspace) + plan.weight.offset);
+      if (plan.stride > 1) {
+        (back ? a.dst : const_cast<void*&>(a.weight)) = computed;
+        int64_t c = plan.stride * plan.stride * p.c;
+        a.weight_strides = {plan.taps * plan.taps * c, 1, plan.taps * c, c};
+        if (!back) copy_filters<S>(args, weight, computed, false, pool);
+      }
+      auto run = [&](auto tiles) { back ? tiles.weight_grad() : tiles.forward(); };
+      switch (plan.taps) {
+        case 2: run(Tiles<S, 2>(a, pool)); break;
+        case 3: run(Tiles<S, 3>(a, pool)); break;
+        case 4: run(Tiles<S, 4>(a, pool)); break;
+        default: run(Tiles<S, 5>(a, pool));
+      }
+      if (plan.stride > 1 && back) copy_filters<S>(args, weight, computed, true, pool);
     }
   });
 }
