@@ -56,7 +56,9 @@ constexpr int64_t kFewChannels = 16;
 constexpr int64_t kPointwiseBytes = 512 << 10;
 // The copy of a line of channels of a grouped task: stays in the second-level cache with what is read ahead.
 constexpr int64_t kGroupedBytes = 256 << 10;
-// Winograd: tiles between two looks at the sums of a weight gradient.
+// Winograd: channels of a group from which on its blocks are not mostly empty.
+constexpr int64_t kWinogradGroup = 16;
+// Tiles between two looks at the sums of a weight gradient.
 constexpr int64_t kWinogradTiles = 32;
 // Transformed filters beyond this, or of use to few tiles, are transformed by the tasks that use them rather than stored.
 constexpr int64_t kSharedFilterBytes = 12 << 20;
@@ -417,10 +419,12 @@ DepthwisePlan plan_depthwise(const ConvProblem& a, Pass pass, const CpuFacts& f,
 
 bool is_winograd_problem(const ConvProblem& a) {
   int64_t taps = ceil_div(a.r, a.stride_h);
-  return a.dtype != DType::f64 && a.groups == 1 && a.r == a.s && a.stride_h == a.stride_w && (a.stride_h == 1 || a.stride_h == 2 || a.stride_h == 4) &&
-         a.dilation_h == 1 && a.dilation_w == 1 && taps >= 2 && taps <= 5;
+  if (a.dtype == DType::f64 || a.r != a.s || a.stride_h != a.stride_w || a.dilation_h != 1 || a.dilation_w != 1 || taps < 2 || taps > 5) return false;
+  if (a.groups > 1) return a.stride_h == 1 && std::min(a.c, a.k) / a.groups >= kWinogradGroup;
+  return a.stride_h == 1 || a.stride_h == 2 || a.stride_h == 4;
 }
 
+// Of one group: a problem of its own.
 WinogradPlan plan_winograd(const ConvProblem& a, Pass pass, const CpuFacts& f, Workspace& ws) {
   WinogradPlan b{};
   b.input_grad = pass == Pass::input_grad;
@@ -523,8 +527,10 @@ ConvPlan plan_conv(const ConvProblem& a, Pass pass, const CpuFacts& f, Winograd 
   ConvPlan plan{};
   Workspace ws;
   if (winograd != Winograd::never && is_winograd_problem(a)) {
-    plan.winograd = plan_winograd(a, pass, f, ws);
-    if (winograd == Winograd::possible || winograd_wins(a, pass, plan.winograd, f)) {
+    ConvProblem group = a;
+    group.c /= a.groups, group.k /= a.groups, group.groups = 1;
+    plan.winograd = plan_winograd(group, pass, f, ws);
+    if (winograd == Winograd::possible || winograd_wins(group, pass, plan.winograd, f)) {
       plan.kernel = ConvKernel::winograd;
       plan.workspace_bytes = ws.bytes;
       return plan;

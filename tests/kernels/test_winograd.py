@@ -134,6 +134,18 @@ def test_padding(everywhere, padding: str, layout: str):
         assert_within_bound(conv_sample(parse(f"n2c9{size}k10r{taps}s{taps}p{padding}", layout)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ("f32", "bf16"))
+@pytest.mark.parametrize(
+    "text", ("n2c40h9w7k34r3s3p1g2", "n3c51h6w5k60r5s5p2g3", "n2c140h7w6k132r3s3p1g2", "n5c40h12w12k100r5s5g2")
+)
+def test_groups(everywhere, text: str, dtype: str, layout: str):
+    """Of fewer and of more channels than a block, with every part of the epilogue, and transposed."""
+    problem = parse(text, layout, dtype)
+    assert all("winograd" in _C.plan(str(problem), which) for which in PASSES)
+    assert_within_bound(conv_sample(problem, activation="relu", scale=True, residual=True), transpose_sample(problem))
+
+
 @pytest.mark.parametrize("tiles", range(1, 40))
 def test_numbers_of_tiles(everywhere, tiles: int):
     """Around the rows of the register tiles, and the tiles that a weight gradient sums at once."""
@@ -292,7 +304,8 @@ def test_taken_for_large_layers(text: str, which: str):
         "n8c64h56w56k64r2s2u2",
         "n8c64h56w56k64r11s11u2p1",
         "n8c64h56w56k64r3s3p2d2",
-        "n8c64h56w56k64r3s3p1g2",
+        "n8c64h56w56k64r3s3p1g8",
+        "n8c64h56w56k64r4s4u2p1g2",
         "n8c64h56w56k64r3s3p1g64",
         "n8c64h56w56k64r7s7p3",
         "n8c64h56w56k64r5s3p2x1",
@@ -343,6 +356,7 @@ def test_the_same_choice_for_any_number_of_threads():
         "n2c330h9w9k325r3s3p1",  # filters transformed by block
         "n7c20h12w12k70r5s5",  # input gradients of whole images, some of them of one task
         "n3c20h33w28k70r7s7u2p3",
+        "n3c40h13w17k70r3s3p1g2",
     ),
 )
 @pytest.mark.parametrize("layout", LAYOUTS)

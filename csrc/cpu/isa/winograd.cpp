@@ -12,6 +12,7 @@
 // With stride s, the s x s pixels that the filter steps over, its phases, are channels of one pixel, and a filter of r taps
 // is one of ceil(r / s) for each phase, with zeros where it has no such tap: 11x11 with stride 4 is 3x3 with 16 times the
 // channels. Pixels are sorted so in rows of tiles, on their way to the transforms or from them, and filters before.
+// Groups of channels go one after the other.
 #include "../kernels.h"
 #include "rows_tile.h"
 #include "staging.h"
@@ -116,11 +117,12 @@ CONVKIT_INLINE int64_t line_channels(int64_t left, int64_t stride) {
 template <class S> struct Pixels {
   const S* data;
   int64_t h, w, c;
+  int64_t first;  // channel of the group's
   int64_t top, left;
-  bool phased;  // h, w and c are those of pixels of phases
+  bool phased;    // h, w and c are those of pixels of phases
 };
 
-// For filters of kFilter x kFilter taps, as they are computed.
+// Of one group of channels, for filters of kFilter x kFilter taps, as they are computed.
 template <class S, int kFilter> struct Tiles {
   using Transforms = Winograd<kFilter>;
   static constexpr int kTileIn = Transforms::tile, kTileOut = Transforms::outputs, kPositions = kTileIn * kTileIn, kTaps = kFilter * kFilter;
@@ -130,8 +132,10 @@ template <class S, int kFilter> struct Tiles {
   const WinogradPlan& plan = a.plan.winograd;
   char* ws = static_cast<char*>(a.workspace);
   bool streaming = plan.streaming && streamable(a.dst);
+  // The first channel of source and output, and how many there are with those of other groups.
+  int64_t src_first, dst_first, src_c = p.groups * plan.src_c, dst_c = p.groups * plan.dst_c;
 
-  Tiles(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
+  Tiles(const ConvArgs& args, int64_t group, const Pool& threads) : a(args), pool(threads), src_first(group * plan.src_c), dst_first(group * plan.dst_c) {}
 
   float* at(const Piece& piece) const { return reinterpret_cast<float*>(ws + piece.offset); }
   // Of a row of pixels of phases.
@@ -225,12 +229,12 @@ template <class S, int kFilter> struct Tiles {
       } else {
         const S* data = from.data + image * from.h * from.w * from.c;
         if constexpr (sizeof(S) == sizeof(float))
-          if (p.layout == Layout::nhwc) base = data + (y_first * from.w + x_first) * from.c + channel, pixel = from.c, row = from.w * from.c;
+          if (p.layout == Layout::nhwc) base = data + (y_first * from.w + x_first) * from.c + from.first + channel, pixel = from.c, row = from.w * from.c;
         bool whole = across == from.w;  // rows that are whole are one run of pixels
         if (base == strip)
           for (int64_t y = 0; y < (whole && down > 0 ? 1 : down); ++y)
-            stage_run(data, p.layout, from.h * from.w, from.c, (y_first + y) * from.w + x_first, whole ? down * across : across, channel,
-                      channels, strip + y * row, kWidth);
+            stage_run(data, p.layout, from.h * from.w, from.c, (y_first + y) * from.w + x_first, whole ? down * across : across,
+                      from.first + channel, channels, strip + y * row, kWidth);
       }
       for (int64_t tx = tx0; tx < tx1; ++tx, ++tile, x0 += kTileOut) {
         const float* at[E * E];
@@ -331,14 +335,14 @@ template <class S, int kFilter> struct Tiles {
     // What goes through the strip meets the residual, and then ReLU, on its way from there. (Gradients have neither.)
     const float* residual = direct ? static_cast<const float*>(a.residual) : nullptr;
     float biases[kWidth];
-    Epilogue epilogue{a.scale == nullptr ? nullptr : static_cast<const float*>(a.scale) + columns.begin, biases_of(columns, biases),
+    Epilogue epilogue{a.scale == nullptr ? nullptr : static_cast<const float*>(a.scale) + dst_first + columns.begin, biases_of(columns, biases),
                       a.relu && (direct || a.residual == nullptr), streaming};
     rows_of({group(groups.begin).begin, group(groups.end - 1).end}, [&](int64_t image, int64_t ty, int64_t tx0, int64_t tx1, int64_t tile) {
       int64_t y0 = ty * kTileOut, x0 = tx0 * kTileOut, down = min_of<int64_t>(kTileOut, h - y0), across = min_of(tx1 * kTileOut, w) - x0;
-      int64_t first = ((image * h + y0) * w + x0) * plan.dst_c + columns.begin;  // of the tensor, if pixels lie together
+      int64_t first = ((image * h + y0) * w + x0) * dst_c + dst_first + columns.begin;  // of the tensor, if pixels lie together
       float* pixels = phased ? strip + line_floats() : strip;
       OutputTile to{pixels, nullptr, across * kWidth, kWidth, down, 0};
-      if (direct) to = {static_cast<float*>(a.dst) + first, residual == nullptr ? nullptr : residual + first, w * plan.dst_c, plan.dst_c, down, 0};
+      if (direct) to = {static_cast<float*>(a.dst) + first, residual == nullptr ? nullptr : residual + first, w * dst_c, dst_c, down, 0};
       for (int64_t tx = tx0; tx < tx1; ++tx, ++tile, to.to += kTileOut * to.pixel) {
         int64_t g = group_of(tile);
         to.right = min_of<int64_t>(kTileOut, w - tx * kTileOut);
@@ -351,8 +355,8 @@ template <class S, int kFilter> struct Tiles {
       bool whole = across == w;
       with_residual<S>(a, [&](auto finish) {
         for (int64_t y = 0; y < (whole ? 1 : down); ++y)
-          unstage_run(strip + y * across * kWidth, kWidth, out + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, (y0 + y) * w + x0, whole ? down * across : across,
-                         columns.begin, channels, finish);
+          unstage_run(strip + y * across * kWidth, kWidth, out + image * h * w * dst_c, p.layout, h * w, dst_c, (y0 + y) * w + x0,
+                      whole ? down * across : across, dst_first + columns.begin, channels, finish);
       });
     });
     if (streaming) fence();
@@ -367,7 +371,7 @@ template <class S, int kFilter> struct Tiles {
         for (int64_t i = 0; i < plan.stride * wide; ++i) values[at + i] = bias_of<S>(a, c + i % wide);
       });
     else
-      for (int64_t i = columns.begin; i < columns.end; ++i) values[i - columns.begin] = bias_of<S>(a, i);
+      for (int64_t i = columns.begin; i < columns.end; ++i) values[i - columns.begin] = bias_of<S>(a, dst_first + i);
     return values;
   }
 
@@ -386,12 +390,12 @@ template <class S, int kFilter> struct Tiles {
         int64_t y = tile % tiles / plan.tiles_w * kTileOut - plan.pad_top, x = tile % plan.tiles_w * kTileOut - plan.pad_left, g = group_of(tile);
         spread_tile<typename Transforms::Spread>(sums + (g - groups.begin) * kGroupBlock + (tile - group(g).begin) * kWidth, kProductRows * kWidth, channels, pixels, kWidth, y, x, h, w);
       }
-      unstage_run(pixels, kWidth, static_cast<S*>(a.dst) + image * h * w * plan.dst_c, p.layout, h * w, plan.dst_c, 0, h * w, columns.begin, channels, AsItIs{});
+      unstage_run(pixels, kWidth, static_cast<S*>(a.dst) + image * h * w * dst_c, p.layout, h * w, dst_c, 0, h * w, dst_first + columns.begin, channels, AsItIs{});
     }
   }
 
   void forward() const {
-    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, plan.src_c, plan.spread ? 0 : plan.pad_top, plan.spread ? 0 : plan.pad_left,
+    Pixels<S> src{static_cast<const S*>(a.src), plan.src_h, plan.src_w, src_c, src_first, plan.spread ? 0 : plan.pad_top, plan.spread ? 0 : plan.pad_left,
                   !plan.input_grad && plan.stride > 1};
     float *filters = at(plan.filters), *source = at(plan.source);
     int64_t filter_blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
@@ -522,8 +526,8 @@ template <class S, int kFilter> struct Tiles {
   }
 
   void weight_grad() const {
-    Pixels<S> x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, plan.src_c, plan.pad_top, plan.pad_left, plan.stride > 1};
-    Pixels<S> grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, plan.dst_c, 0, 0, false};
+    Pixels<S> x{static_cast<const S*>(a.x), plan.src_h, plan.src_w, src_c, src_first, plan.pad_top, plan.pad_left, plan.stride > 1};
+    Pixels<S> grad{static_cast<const S*>(a.src), plan.dst_h, plan.dst_w, dst_c, dst_first, 0, 0, false};
     int64_t blocks = plan.column_blocks * plan.depth_blocks, block = kPositions * kPanel;
     auto filters_of = [&](int64_t i) { return block_of(plan.dst_c, i / plan.depth_blocks); };
     auto channels_of = [&](int64_t i) { return block_of(plan.src_c, i % plan.depth_blocks); };
@@ -598,11 +602,17 @@ void winograd(const ConvArgs& args, Pass pass, const Pool& pool) {
         if (!back) copy_filters<S>(args, weight, computed, false, pool);
       }
       auto run = [&](auto tiles) { back ? tiles.weight_grad() : tiles.forward(); };
-      switch (plan.taps) {
-        case 2: run(Tiles<S, 2>(a, pool)); break;
-        case 3: run(Tiles<S, 3>(a, pool)); break;
-        case 4: run(Tiles<S, 4>(a, pool)); break;
-        default: run(Tiles<S, 5>(a, pool));
+      for (int64_t group = 0; group < p.groups; ++group) {
+        if (group > 0) {
+          weight += p.k / p.groups * a.weight_strides.k;
+          (back ? a.dst : const_cast<void*&>(a.weight)) = weight;
+        }
+        switch (plan.taps) {
+          case 2: run(Tiles<S, 2>(a, group, pool)); break;
+          case 3: run(Tiles<S, 3>(a, group, pool)); break;
+          case 4: run(Tiles<S, 4>(a, group, pool)); break;
+          default: run(Tiles<S, 5>(a, group, pool));
+        }
       }
       if (plan.stride > 1 && back) copy_filters<S>(args, weight, computed, true, pool);
     }
