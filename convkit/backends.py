@@ -3,9 +3,9 @@
 Winograd's method computes a convolution of stride 1 with a third of the multiplications if its filters are 2x2, with a
 quarter if they are 3x3 and a sixth if they are 4x4 or 5x5 (Lavin and Gray 2016, arXiv:1509.09308), and a somewhat
 larger rounding error. With a stride of 2 or 4, the pixels that a filter steps over become channels first: 11x11 filters
-with stride 4 are 3x3 ones of 16 times the channels, 7x7 ones with stride 2 are 4x4. Groups of 16 channels and more are
-computed one after the other, with stride 1. convkit takes it on the CPU where it is faster, in the forward pass and both gradients, for float32, and for bfloat16 and float16, which are computed in
-float32; never for float64. What it changes:
+with stride 4 are 3x3 ones of 16 times the channels, 7x7 ones with stride 2 are 4x4. Groups, of 16 channels or more and
+with stride 1, come one after the other. convkit takes it on the CPU where it is faster, in the forward pass and both
+gradients, for float32, and for bfloat16 and float16, which are computed in float32; never for float64. What it changes:
 
 - The error, as the norm of the difference from float64 over the norm of the result, stays below 1e-5. Measured on
   normal random data it is 8e-7 in the forward pass and the input gradient and 6e-7 to 8e-7 in the weight gradient, from

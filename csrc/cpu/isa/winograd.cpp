@@ -135,7 +135,8 @@ template <class S, int kFilter> struct Tiles {
   // The first channel of source and output, and how many there are with those of other groups.
   int64_t src_first, dst_first, src_c = p.groups * plan.src_c, dst_c = p.groups * plan.dst_c;
 
-  Tiles(const ConvArgs& args, int64_t group, const Pool& threads) : a(args), pool(threads), src_first(group * plan.src_c), dst_first(group * plan.dst_c) {}
+  Tiles(const ConvArgs& args, int64_t channel_group, const Pool& threads)
+      : a(args), pool(threads), src_first(channel_group * plan.src_c), dst_first(channel_group * plan.dst_c) {}
 
   float* at(const Piece& piece) const { return reinterpret_cast<float*>(ws + piece.offset); }
   // Of a row of pixels of phases.
@@ -595,18 +596,19 @@ void winograd(const ConvArgs& args, Pass pass, const Pool& pool) {
       bool back = pass == Pass::weight_grad;
       S* weight = static_cast<S*>(back ? args.dst : const_cast<void*>(args.weight));
       S* computed = reinterpret_cast<S*>(static_cast<char*>(args.workspace) + plan.weight.offset);
+      auto take = [&](S* filters) {
+        if (back) a.dst = filters;
+        else a.weight = filters;
+      };
       if (plan.stride > 1) {
-        (back ? a.dst : const_cast<void*&>(a.weight)) = computed;
         int64_t c = plan.stride * plan.stride * p.c;
+        take(computed);
         a.weight_strides = {plan.taps * plan.taps * c, 1, plan.taps * c, c};
         if (!back) copy_filters<S>(args, weight, computed, false, pool);
       }
       auto run = [&](auto tiles) { back ? tiles.weight_grad() : tiles.forward(); };
       for (int64_t group = 0; group < p.groups; ++group) {
-        if (group > 0) {
-          weight += p.k / p.groups * a.weight_strides.k;
-          (back ? a.dst : const_cast<void*&>(a.weight)) = weight;
-        }
+        if (p.groups > 1) take(weight + group * (p.k / p.groups) * a.weight_strides.k);
         switch (plan.taps) {
           case 2: run(Tiles<S, 2>(a, group, pool)); break;
           case 3: run(Tiles<S, 3>(a, group, pool)); break;
