@@ -611,6 +611,7 @@ std::string describe(const ConvProblem& a, Pass pass, const CpuFacts& f, const C
       const WinogradPlan& b = plan.winograd;
       out += "winograd_" + std::string(f.isa) + "_" + num(b.outputs) + "x" + num(b.outputs) + "_of_" + num(b.taps) + "x" + num(b.taps) + " taps, ";
       if (b.stride > 1) out += num(b.stride * b.stride) + " phases, ";
+      if (a.groups > 1) out += num(a.groups) + " groups one by one, ";
       out += num(b.tiles) + " tiles, " + num(b.depth_blocks) + " x " + num(b.column_blocks) + " blocks";
       if (pass == Pass::weight_grad) out += ", " + num(b.splits) + " splits";
       else out += ", " + num(b.tile_blocks) + " blocks of tiles" + (b.spread ? ", spread" : "") + (b.shared_filters ? "" : ", filters transformed by block");
