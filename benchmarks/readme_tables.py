@@ -1,11 +1,11 @@
-"""Fills the tables of README.md from the files in benchmarks/results, and makes their README.md: what each file is, and
-what has run on a GPU.
+"""Fills the tables of README.md and benchmarks/README.md from the files in benchmarks/results, and makes their
+README.md: what each file is, and what has run on a GPU.
 
 A table stands between two comments on lines of their own, ``<!-- table: FILE VIEW -->`` and ``<!-- end -->``. FILE is
 the name of a file in benchmarks/results without its ``.json``. For a result of ``convkit bench --json``, VIEW is
-``means``, or a family (dense, depthwise, batch-norm, nets); it is left out for one of ``make demo``, and for a
-reproduce.json. ``--check`` writes nothing and exits with status 1 where a table is not up to date. ``make
-readme-tables`` runs this.
+``means``, or a family (dense, depthwise, batch-norm, nets), or ``best``, which takes any number of files; it is left
+out for one of ``make demo``, and for a reproduce.json. ``--check`` writes nothing and exits with status 1 where a table
+is not up to date. ``make readme-tables`` runs this.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 import gpu_report
 
 from convkit.bench import BenchError
-from convkit.bench.report_tables import FAMILIES, NETS, net_table, short_table, summary_table, version
+from convkit.bench.report_tables import FAMILIES, NETS, best_table, net_table, short_table, summary_table, version
 from convkit.bench.results import Results
 from convkit.lab import LabError, reproduce
 from convkit.lab.demo import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "benchmarks/README.md")
 MARK = re.compile(r"^<!-- table:", re.MULTILINE)
 MARKED = re.compile(r"^<!-- table:(.*?)-->\n(.*?)^<!-- end -->", re.DOTALL | re.MULTILINE)
 LIST_HEADS = ("file", "what", "machine", "date", "PyTorch", "convkit")
@@ -62,18 +63,21 @@ def reproduce_table(data: dict[str, Any]) -> str:
     return markdown(reproduce.table(data["claims"]), "llrrrlr")
 
 
-def bench_table(path: Path, view: str) -> str:
-    results = Results.load(path)
-    views: dict[str, Callable[[], Any]] = {
-        "means": lambda: summary_table(results),
-        **{family: lambda family=family: short_table(results, family) for family in FAMILIES},
-        NETS: lambda: net_table(results),
+def bench_table(paths: list[Path], view: str) -> str:
+    runs = [Results.load(path) for path in paths]
+    views: dict[str, Callable[[Results], Any]] = {
+        "means": summary_table,
+        **{family: lambda run, family=family: short_table(run, family) for family in FAMILIES},
+        NETS: net_table,
     }
-    if view not in views:
-        raise SystemExit(f"README.md: table of {path.stem}: got view '{view}'; accepts {', '.join(views)}")
-    table = views[view]()
+    what = f"table of {', '.join(path.stem for path in paths)}"
+    if view not in (*views, "best"):
+        raise SystemExit(f"{what}: got view '{view}'; accepts {', '.join(views)}, best")
+    if view != "best" and len(runs) != 1:
+        raise SystemExit(f"{what}: view '{view}' is of one file")
+    table = best_table(runs) if view == "best" else views[view](runs[0])
     if not table.rows:
-        raise SystemExit(f"README.md: table of {path.stem}: the file has nothing for '{view}'")
+        raise SystemExit(f"{what}: no row for '{view}'")
     return table.markdown()
 
 
@@ -81,17 +85,20 @@ def filled(text: str, folder: Path) -> str:
     """The text with each marked table made anew from the files in ``folder``."""
 
     def table(found: re.Match) -> str:
-        name, _, view = found[1].strip().partition(" ")
-        path = folder / f"{name}.json"
-        data = read(path)
-        if "rows" in data:
-            content = bench_table(path, view.strip())
+        names = found[1].split()
+        view = names.pop() if len(names) > 1 else ""
+        paths = [folder / f"{name}.json" for name in names]
+        data = [read(path) for path in paths]
+        if all("rows" in one for one in data):
+            content = bench_table(paths, view)
+        elif view:
+            raise SystemExit(f"table of {', '.join(names)}: view '{view}' is of results of `convkit bench`")
         else:
-            content = demo_table(data) if "runs" in data else reproduce_table(data)
+            content = demo_table(data[0]) if "runs" in data[0] else reproduce_table(data[0])
         return f"<!-- table:{found[1]}-->\n{content}\n<!-- end -->"
 
     if len(MARK.findall(text)) != len(MARKED.findall(text)):
-        raise SystemExit("README.md: a '<!-- table: … -->' has no '<!-- end -->' after it")
+        raise SystemExit("a '<!-- table: … -->' has no '<!-- end -->' after it")
     return MARKED.sub(table, text)
 
 
@@ -106,8 +113,10 @@ def listed(folder: Path) -> str:
             facts = _demo_facts(data) if "runs" in data else _reproduce_facts(data)
         lines.append([f"[{path.name}]({path.name})", *facts])
     return (
-        "# Results\n\nMeasured on these machines; the numbers of the project's README are made from these files. "
-        "Made by `make readme-tables`.\n\n" + markdown(lines, "l" * len(LIST_HEADS)) + "\n\n" + on_gpus(folder) + "\n"
+        "# Results\n\nMeasured on these machines; the numbers of the project's [README](../../README.md) and of "
+        "[its benchmarks](../README.md) are made from these files. Made by `make readme-tables`.\n\n"
+        + markdown(lines, "l" * len(LIST_HEADS))
+        + f"\n\n{on_gpus(folder)}\n"
     )
 
 
@@ -169,11 +178,13 @@ def _bench_facts(path: Path) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     folder, stale = ROOT / "benchmarks" / "results", []
-    readme = ROOT / "README.md"
-    for path, text in (
-        (readme, filled(readme.read_text(encoding="utf-8"), folder)),
-        (folder / "README.md", listed(folder)),
-    ):
+    texts = {folder / "README.md": listed(folder)}
+    for path in (ROOT / name for name in PAGES):
+        try:
+            texts[path] = filled(path.read_text(encoding="utf-8"), folder)
+        except SystemExit as error:
+            raise SystemExit(f"{path.relative_to(ROOT)}: {error}") from None
+    for path, text in texts.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in arguments:

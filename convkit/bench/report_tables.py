@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from convkit.bench.results import OWN, Failure, Machine, Results, Row
+from convkit.bench.results import OWN, Failure, Machine, Results, Row, geometric_mean
 
-__all__ = ["FAMILIES", "Cell", "Table", "layer_table", "net_table", "quantity", "short_table", "summary_table"]
+__all__ = [
+    "FAMILIES",
+    "Cell",
+    "Table",
+    "best_table",
+    "layer_table",
+    "net_table",
+    "quantity",
+    "short_table",
+    "summary_table",
+]
 
 FAMILIES = {"dense": "Dense convolution", "depthwise": "Depthwise convolution", "batch-norm": "Batch norm + ReLU"}
 NETS = "nets"
@@ -66,6 +76,12 @@ def best_own(row: Row) -> str | None:
     return min(own, key=row.seconds, default=None)
 
 
+def best_ratio(row: Row) -> float | None:
+    """The best peer's time over convkit's, each in its fastest layout."""
+    own, peer = best_own(row), row.best_peer()
+    return None if own is None or peer is None else row.seconds(peer) / row.seconds(own)
+
+
 def quantity(value: float) -> str:
     """Three digits, never an exponent: 0.0123, 1.23, 12.3, 123, 1,234."""
     if value and abs(value) < 0.0995:
@@ -91,6 +107,35 @@ def summary_table(results: Results) -> Table:
         for one in results.summaries()
     ]
     return Table(heads, tuple(rows), texts=4)
+
+
+def best_table(runs: Iterable[Results]) -> Table:
+    """A column for each machine and dtype: by family the geometric mean of `best_ratio` and, in brackets, the least of
+    them; of each network the training step's."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for row in run.rows:
+            line = FAMILIES.get(row.family) or (f"{row.name}, training" if row.pass_ == "training" else None)
+            ratio = best_ratio(row)
+            if line is not None and ratio is not None:
+                columns.setdefault(_where(run.machine, row.dtype), {}).setdefault(line, []).append(ratio)
+    lines = dict.fromkeys(line for column in columns.values() for line in column)
+    cells = [[_mean(column.get(line, [])) for column in columns.values()] for line in lines]
+    rows = (tuple([Cell(line), *found]) for line, found in zip(lines, cells, strict=True))
+    return Table(("", *columns), tuple(rows), texts=1)
+
+
+def _where(machine: Machine, dtype: str) -> str:
+    cpu = machine.cpu.replace("(R)", "").replace(" Processor", "")
+    threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
+    return ", ".join((machine.gpu or f"{cpu}, {machine.isa.partition('_')[0]}, {threads}", dtype))
+
+
+def _mean(ratios: Sequence[float]) -> Cell:
+    if len(ratios) < 2:
+        return _ratio(ratios[0] if ratios else None)
+    mean = _ratio(geometric_mean(ratios))
+    return replace(mean, text=f"{mean.text} ({min(ratios):.2f})")
 
 
 def _what(row: Row, layout: str, results: Results) -> tuple[Cell, ...]:
@@ -139,7 +184,7 @@ def short_table(results: Results, family: str) -> Table:
                     _time(row, own),
                     Cell("") if peer is None else _time(row, peer),
                     Cell("" if peer is None else _who(peer), kind="name"),
-                    Cell("") if peer is None else _ratio(row.seconds(peer) / row.seconds(own)),
+                    _ratio(best_ratio(row)),
                     Cell("") if floor is None else Cell(f"{100 * floor:.0f} %", floor),
                 )
             )

@@ -1,4 +1,4 @@
-"""README.md and benchmarks/results/README.md say what the result files say."""
+"""The README files of the project and of its benchmarks say what the result files say."""
 
 import json
 import sys
@@ -15,10 +15,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import readme_tables  # noqa: E402
 
 
-def test_readme_is_in_sync_with_the_result_files():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", readme_tables.PAGES)
+def test_pages_are_in_sync_with_the_result_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert readme_tables.MARKED.search(text)
     assert readme_tables.filled(text, RESULTS) == text, "type: make readme-tables"
+
+
+def test_list_of_results_is_in_sync():
     assert readme_tables.listed(RESULTS) == (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,8 +32,9 @@ def test_check_says_what_is_stale(tmp_path, monkeypatch, capsys):
     results(many()).save(folder / "cpu.json")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table: cpu means -->\nold\n<!-- end -->\nafter\n")
+    (tmp_path / "benchmarks" / "README.md").write_text("no table\n")
     monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="not up to date: README.md, benchmarks/results/README.md; type: make readme"):
+    with pytest.raises(SystemExit, match="not up to date: benchmarks/results/README.md, README.md; type: make readme"):
         readme_tables.main(["--check"])
     readme_tables.main([])
     readme_tables.main(["--check"])
@@ -55,7 +60,7 @@ def test_what_has_run_on_a_gpu(tmp_path):
         readme_tables.on_gpus(tmp_path)
 
 
-@pytest.mark.parametrize("view", ["means", "dense", "depthwise", "batch-norm", "nets"])
+@pytest.mark.parametrize("view", ["means", "dense", "depthwise", "batch-norm", "nets", "best"])
 def test_views_of_a_run(tmp_path, view):
     results(many()).save(tmp_path / "cpu.json")
     text = readme_tables.filled(f"<!-- table: cpu {view} -->\n<!-- end -->\n", tmp_path)
@@ -76,7 +81,9 @@ def test_demo_table():
     ("text", "message"),
     [
         ("<!-- table: nothing -->\n<!-- end -->\n", "no file nothing.json in .*; there are: broken, cpu, other"),
-        ("<!-- table: cpu -->\n<!-- end -->\n", "got view ''; accepts means, dense, depthwise, batch-norm, nets"),
+        ("<!-- table: cpu -->\n<!-- end -->\n", "got view ''; accepts means, dense, depthwise, batch-norm, nets, best"),
+        ("<!-- table: cpu cpu means -->\n<!-- end -->\n", "table of cpu, cpu: view 'means' is of one file"),
+        ("<!-- table: cpu other best -->\n<!-- end -->\n", "not a result of `make demo`, `convkit reproduce` or"),
         ("<!-- table: cpu all -->\n<!-- end -->\n", "got view 'all'; accepts means"),
         ("<!-- table: cpu means -->\n", "has no '<!-- end -->'"),
         ("<!-- table: cpu means -->\n<!-- table: cpu means -->\n<!-- end -->\n", "has no '<!-- end -->'"),

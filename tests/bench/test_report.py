@@ -15,6 +15,7 @@ from convkit.bench.report import markdown, write_report
 from convkit.bench.report_tables import (
     Cell,
     Table,
+    best_table,
     failures,
     layer_table,
     net_table,
@@ -218,6 +219,21 @@ def test_net_table():
     assert cells["convkit, images/s"].text == "320" and cells["PyTorch nchw, images/s"].text == "256"
     assert cells["torch.compile nchw, images/s"].text == "failed" and cells["convkit, MiB"].text == "123"
     assert cells["ratio"].text == "1.25"
+
+
+def test_best_table_has_a_column_a_machine():
+    problem = ConvProblem(8, 64, 56, 56, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    rows = [layer("a", problem, "fprop", 2.0), layer("a", problem, "dgrad", 0.5), network("resnet18", 1.5)]
+    other = results(
+        [layer("a", problem, "fprop", 1.1), network("simplenet")], cpu="Intel(R) Xeon(R) Processor", threads=1
+    )
+    table = best_table([results(rows[:1]), results(rows[1:]), other])
+    assert table.heads[2] == "Intel Xeon, avx2, 1 thread, f32"
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["Dense convolution", "1.00 (0.50)", "1.10"],
+        ["resnet18, training", "1.50", ""],
+        ["simplenet, training", "", "1.10"],
+    ]
 
 
 def test_summary_table():
