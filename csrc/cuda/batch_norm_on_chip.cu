@@ -170,6 +170,28 @@ template <bool backward> void run(const BatchNormArgs& args, const CudaChannelPl
 
 }  // namespace
 
+#if defined(CONVKIT_EMULATION)
+int largest_cluster(const DeviceFacts&) { return emulation::device().largest_cluster; }
+#else
+int largest_cluster(const DeviceFacts& f) {
+  auto* kernel = on_chip<true, float>;
+  int found = 1;
+  cudaFuncAttributes code;
+  // Code made from PTX for earlier GPUs knows no clusters, on whatever GPU it runs. A part of a GPU may take smaller ones.
+  if (f.major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(f.shared_bytes_per_block)) == cudaSuccess) {
+    for (int cluster = 8; cluster > 1 && found == 1; cluster /= 2) {  // 8: the most that needs no permission
+      int clusters = 0;
+      with_config({dim3(unsigned(cluster)), dim3(kMostThreads), f.shared_bytes_per_block, nullptr, unsigned(cluster)}, [&](const cudaLaunchConfig_t& config) {
+        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) found = cluster;
+      });
+    }
+  }
+  cudaGetLastError();  // not to be found by the next launch
+  return found;
+}
+#endif
+
 void batch_norm_relu_on_chip(const BatchNormArgs& args, const CudaChannelPlan& plan, Stream stream) { run<false>(args, plan, stream); }
 void batch_norm_relu_grad_on_chip(const BatchNormArgs& args, const CudaChannelPlan& plan, Stream stream) { run<true>(args, plan, stream); }
 

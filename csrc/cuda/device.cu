@@ -17,7 +17,6 @@ const char* query_device(int, DeviceFacts* facts) {
   facts->multiprocessors = d.multiprocessors;
   facts->shared_bytes_per_block = d.shared_bytes_per_block;
   facts->l2_bytes = d.l2_bytes;
-  facts->largest_cluster = d.largest_cluster;
   return nullptr;
 }
 
@@ -39,7 +38,6 @@ const char* query_device(int index, DeviceFacts* facts) {
   facts->multiprocessors = p.multiProcessorCount;
   facts->shared_bytes_per_block = int64_t(p.sharedMemPerBlockOptin);
   facts->l2_bytes = p.l2CacheSize;
-  facts->largest_cluster = p.major >= 9 ? 8 : 1;  // what every GPU with clusters takes
   return nullptr;
 }
 

@@ -17,7 +17,10 @@ struct DeviceFacts {
 // Devices the driver shows; 0 where there is no driver.
 int device_count();
 
-// Fills `facts`; returns null, or what the runtime says is wrong.
+// Fills `facts`, but for the cluster; returns null, or what the runtime says is wrong.
 const char* query_device(int index, DeviceFacts* facts);
+
+// Blocks of the largest cluster that the current device takes of this build's kernels; loads their code.
+int largest_cluster(const DeviceFacts&);
 
 }  // namespace convkit::cuda

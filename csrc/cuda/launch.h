@@ -27,18 +27,8 @@ template <class... P, class... A> void launch(const char*, void (*kernel)(P...),
   emulation::launch(kernel, how.grid, how.block, how.shared_bytes, how.cluster, static_cast<A&&>(args)...);
 }
 #else
-// Throws std::runtime_error with the kernel's name. An error of an earlier, asynchronous launch shows here too.
-template <class... P, class... A> void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
-  auto check = [&](cudaError_t error) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // not to be found again by the next call
-    throw std::runtime_error("convkit: CUDA kernel " + std::string(name) + ": " + cudaGetErrorString(error) + " (grid " + std::to_string(how.grid.x) + " x " +
-                             std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) + ", " + std::to_string(how.block.x) + " threads, " +
-                             std::to_string(how.shared_bytes) + " bytes of shared memory)");
-  };
-  // More than 48 KiB have to be asked for; a property of the function, set anew each time because devices differ.
-  if (how.shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes)));
+// Calls f with the same in the runtime's words.
+template <class F> void with_config(const Launch& how, F&& f) {
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = how.block;
@@ -52,7 +42,22 @@ template <class... P, class... A> void launch(const char* name, void (*kernel)(P
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...));
+  f(config);
+}
+
+// Throws std::runtime_error with the kernel's name. An error of an earlier, asynchronous launch shows here too.
+template <class... P, class... A> void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
+  auto check = [&](cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // not to be found again by the next call
+    throw std::runtime_error("convkit: CUDA kernel " + std::string(name) + ": " + cudaGetErrorString(error) + " (grid " + std::to_string(how.grid.x) + " x " +
+                             std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) + ", " + std::to_string(how.block.x) + " threads, " +
+                             std::to_string(how.shared_bytes) + " bytes of shared memory)");
+  };
+  // More than 48 KiB have to be asked for; a property of the function, set anew each time because devices differ.
+  if (how.shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes)));
+  with_config(how, [&](const cudaLaunchConfig_t& config) { check(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...)); });
 }
 #endif
 

@@ -234,7 +234,7 @@ __device__ inline void cluster_sync() {
 #if defined(CONVKIT_EMULATION)
   emulation::cluster_barrier();
 #else
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 #endif
 }
 

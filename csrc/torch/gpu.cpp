@@ -14,7 +14,7 @@
 namespace convkit::gpu {
 
 // "80,90a,100+PTX": machine code runs on devices of the same major version from its minor on (90a on 9.0 alone), PTX on
-// every newer one.
+// every newer one (that of 100f within its major version).
 bool built_for(const std::string& arches, int major, int minor) {
   for (size_t start = 0; start <= arches.size();) {
     size_t end = arches.find(',', start);
@@ -22,8 +22,9 @@ bool built_for(const std::string& arches, int major, int minor) {
     start = end == std::string::npos ? arches.size() + 1 : end + 1;
     size_t digits = arch.find_first_not_of("0123456789");
     int number = std::atoi(arch.c_str()), device = major * 10 + minor;
-    bool exact = digits != std::string::npos && arch[digits] == 'a', ptx = arch.find("+PTX") != std::string::npos;
-    if (number == device || (!exact && number / 10 == major && number <= device) || (ptx && !exact && number <= device)) return true;
+    char kind = digits != std::string::npos ? arch[digits] : '+';
+    bool ptx = arch.find("+PTX") != std::string::npos, same_major = number / 10 == major;
+    if (number == device || (kind != 'a' && number <= device && (same_major || (ptx && kind != 'f')))) return true;
   }
   return false;
 }
@@ -51,6 +52,7 @@ const cuda::DeviceFacts& facts(const char* op, const at::Tensor& input) {
                                 "; accepts 8.0 and newer: leave the layer to PyTorch");
     TORCH_CHECK_NOT_IMPLEMENTED(built_for(arches, d.major, d.minor), "convkit.", op, ": input: got a tensor on ", input.device(), "; built for ", arches, ", this GPU (", d.name,
                                 ") is ", capability, ": rebuild with TORCH_CUDA_ARCH_LIST=", capability);
+    d.largest_cluster = cuda::largest_cluster(d);
     asked[index] = true;
   }
   return d;

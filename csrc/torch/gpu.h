@@ -54,7 +54,7 @@ inline void check_allocation(int64_t) {}
 #endif
 
 #if defined(CONVKIT_GPU)
-// Facts of the input's device. Throws where this build has no kernels for it.
+// Facts of the input's device, which is current. Throws where this build has no kernels for it.
 const cuda::DeviceFacts& facts(const char* op, const at::Tensor& input);
 
 // The current stream of the input's device.

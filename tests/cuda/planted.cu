@@ -143,6 +143,18 @@ template <bool synchronise> __global__ void cluster_sum(const float* x, float* y
 #endif
 }
 
+// The second block of a cluster copies what the first has in its shared memory.
+template <bool synchronise, bool stay> __global__ void cluster_copy(const float* x, float* y) {
+#if defined(CONVKIT_EMULATION) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  float* s = reinterpret_cast<float*>(dynamic_shared());
+  s[threadIdx.x] = x[threadIdx.x];
+  if (synchronise) ptx::cluster_sync();
+  else __syncthreads();
+  if (ptx::cluster_rank() == 1) y[threadIdx.x] = *ptx::map_shared(s + threadIdx.x, 0);
+  if (stay) ptx::cluster_sync();
+#endif
+}
+
 }  // namespace
 
 // Runs the kernel of that name on x and y, where it has them. False: there is no such kernel.
@@ -172,6 +184,9 @@ bool run(const std::string& name, const void* input, void* output, int n) {
   else if (name == "matrix_tf32") go(matrix_tf32, 32, 0, x, x + 128, y);
   else if (name == "cluster_sum") launch("cluster_sum", cluster_sum<true>, {dim3(2), dim3(32), 128, nullptr, 2}, x, y);
   else if (name == "cluster_race") launch("cluster_race", cluster_sum<false>, {dim3(2), dim3(32), 128, nullptr, 2}, x, y);
+  else if (name == "cluster_late_race") launch("cluster_late_race", cluster_copy<false, true>, {dim3(2), dim3(32), 128, nullptr, 2}, x, y);
+  else if (name == "cluster_left") launch("cluster_left", cluster_copy<true, false>, {dim3(2), dim3(32), 128, nullptr, 2}, x, y);
+  else if (name == "cluster_stayed") launch("cluster_stayed", cluster_copy<true, true>, {dim3(2), dim3(32), 128, nullptr, 2}, x, y);
   else if (name == "too_many_threads") go(with_syncwarp, 2048, 0, x, y);
   else if (name == "too_much_shared") go(with_syncwarp, 32, 1 << 20, x, y);
   else return false;

@@ -101,6 +101,21 @@ def test_planted_error(name: str, what: str, thread: int, line: str | None):
         assert int(found[-1]) == line_of(line), message
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    (
+        ("cluster_late_race", "(0, 0, 0), thread (31, 0, 0) has written since the last barrier; block (1, 0, 0)"),
+        ("cluster_left", "the block may end before block (1, 0, 0), thread (31, 0, 0) has used its shared memory"),
+    ),
+)  # fmt: skip
+def test_planted_error_between_blocks_of_a_cluster(name: str, what: str):
+    x, y = torch.randn(32), torch.empty(32)
+    with pytest.raises(RuntimeError) as caught:
+        planted(name, x, y)
+    assert what in str(caught.value) and "at planted.cu:" in str(caught.value)
+    assert torch.equal(planted("cluster_stayed", x, y), x)
+
+
 def test_after_an_error_all_is_well():
     x, y = torch.randn(64), torch.empty(64)
     for _ in range(3):

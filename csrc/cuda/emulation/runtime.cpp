@@ -137,7 +137,7 @@ struct Fibre : Thread {
 
 struct Block {
   uint32_t synchronised, started;
-  int live, waiting, votes;
+  int live, waiting, votes, running;
   std::vector<Fibre*> fibres;
 };
 
@@ -269,7 +269,9 @@ void check_write(Fibre& f, Shadow& s, bool async, const void* where) {
 
 inline void check_read(Fibre& f, Shadow& s, const void* where) {
   if (s.written < state.started) stop("a read of shared memory that nothing in this block has written", where);
-  if (s.writer != f.number && s.written >= f.owner->synchronised && !ordered(f, s.writer, s.written))
+  // A barrier of this block orders only what its own threads wrote.
+  bool recent = s.written >= f.owner->synchronised || state.facts.cluster > 1;
+  if (s.writer != f.number && recent && !ordered(f, s.writer, s.written))
     stop("a read of shared memory that " + who(*state.fibres[s.writer]) + " has written since the last barrier", where);
   if (s.pending) stop("a read of shared memory that a cp.async is still copying to (no wait has completed it)", where);
   if (s.read < f.owner->synchronised) {
@@ -298,6 +300,7 @@ void access(Fibre& f, uintptr_t at, uint64_t bytes, bool write, bool async, cons
     if (arena >= state.blocks.size() || int64_t(offset + bytes) > f.shared_bytes)
       stop(std::string(write ? "a write of " : "a read of ") + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) + " of shared memory, which has " +
                std::to_string(f.shared_bytes), where);
+    if (state.blocks[arena].running == 0) stop("an access to shared memory of a block that has ended", where);
     size_t first = (at - arenas) / kGranule, last = (at - arenas + bytes - 1) / kGranule;
     return check_shared(f, state.shadow + first, int64_t(last - first + 1), write, async, where);
   }
@@ -340,6 +343,16 @@ inline void instrumented(const void* p, uint64_t bytes, bool write, const void* 
 
 // ---- threads -----------------------------------------------------------------------------------------------------------
 
+// Shared memory is gone with its block's last thread: only a barrier of the cluster keeps it until others have been there.
+void end_block(const Fibre& last) {
+  const Shadow* s = state.shadow + (last.shared - state.arenas) / kGranule;
+  for (int64_t i = 0; i * kGranule < last.shared_bytes; ++i)
+    for (auto [other, time] : {std::pair{s[i].reader, s[i].read}, {s[i].writer, s[i].written}})
+      if (time >= state.cluster_synchronised && state.fibres[other]->owner != last.owner)
+        stop("the block may end before " + who(*state.fibres[other]) + " has used its shared memory: no barrier of the cluster follows",
+             static_cast<const char*>(state.facts.kernel) + 1);
+}
+
 void entry() {
   Fibre* f = state.current;
   self = f;
@@ -348,6 +361,7 @@ void entry() {
   for (const auto& group : f->groups)
     if (!group.empty()) stop("the thread ends with a cp.async that it has not waited for", group.back().where);
   f->state = Fibre::finished;
+  if (--f->owner->running == 0 && state.facts.cluster > 1) end_block(*f);
   self = nullptr;
   switch_context(&f->context, &state.scheduler);
   std::abort();
@@ -445,7 +459,7 @@ void run_cluster(uint64_t first_block) {
   for (int rank = 0; rank < cluster; ++rank) {
     Block& b = state.blocks[rank];
     b.synchronised = b.started = state.now;
-    b.live = threads, b.waiting = b.votes = 0;
+    b.live = b.running = threads, b.waiting = b.votes = 0;
     b.fibres.clear();
     uint64_t index = first_block + rank;
     for (int t = 0; t < threads; ++t) {
