@@ -302,13 +302,15 @@ template <class S> struct Passes {
     };
     by_channels(start);
     double* total = partial + pieces.count * N * step;
+    // The next rows, or, where these are short, some after them.
+    int64_t ahead = max_of<int64_t>(kChain * s.c, 4 * kAheadBytes / sizeof(S));
     if (sums) {
       parallel(pool, pieces.count * pieces.blocks, [&](int64_t begin, int64_t end, int) {
         for (int64_t task = begin; task < end; ++task) {
           int64_t row = task / pieces.blocks * pieces.rows, first = task % pieces.blocks * kBlockLanes, last = min_of(s.c, first + kBlockLanes);
           double* to = partial + task / pieces.blocks * N * step + first;
           for (int n = 0; n < N; ++n) fill_zero(to + n * step, last - first);
-          sum_lanes<T, KS, N>(row, min_of(pieces.rows, view.count - row), s.c, first, last, kChain * s.c, {values + first, step}, to, step, term);
+          sum_lanes<T, KS, N>(row, min_of(pieces.rows, view.count - row), s.c, first, last, ahead, {values + first, step}, to, step, term);
         }
       });
     }
