@@ -26,7 +26,7 @@ DEFAULT_PEERS = {"cpu": ("torch",), "cuda": ("torch", "native")}
 # Seconds of calls for each candidate, and at least so many calls; a network's step takes many times a layer's.
 BUDGET_S = {"normal": 0.25, "quick": 0.03}
 ROUNDS = {"normal": 5, "quick": 3}
-NET_BUDGETS = 6
+NET_BUDGETS = 12
 # GPUs get warm, and their clocks fall.
 REST_S = {"cpu": 0.0, "cuda": 1.0}
 
