@@ -3,7 +3,8 @@
 //
 // With 3 channels to compute, 13 of 16 lanes of a vector of channels would be idle. Here a lane is a pixel of a row: the
 // sums of MC channels x NV vectors of neighbouring pixels stay in registers, each step loads NV vectors of a source row and
-// broadcasts MC weights. 3 x 8 and 8 x 3 fill AVX-512's registers: 11 loads for 24 multiply-adds.
+// broadcasts MC weights. 3 x 8 and 8 x 3 fill AVX-512's registers: 11 loads for 24 multiply-adds; 3 x 3 and 5 x 2 fit
+// 16: 7 loads for 10.
 // A task copies its part of the source to planes with zeros around them, columns sorted by their remainder modulo the
 // stride, so that neighbouring outputs read neighbouring memory whatever the stride, and rows of the same phase see the
 // same taps: the vectors of a tile come from as many rows as it takes to fill it.
@@ -63,18 +64,19 @@ template <class X, int MC, int NV> __attribute__((noinline)) void planes_tile(co
 
 template <class X> using PlanesTileFn = void (*)(const PlanesTile<X>&);
 
-// Vectors of pixels that fit the registers beside MC channels.
-template <int MC> constexpr int kPlanesVectors = max_of(1, min_of(8, (kVectorBytes == 64 ? 24 : 10) / MC));
+// Channels of a tile at most, and vectors of pixels that fit the registers beside MC channels.
+constexpr int kTileChannels = kVectorBytes == 64 ? 8 : 5;
+template <int MC> constexpr int kPlanesVectors = min_of(8, (kVectorBytes == 64 ? 24 : 10) / MC);
 
 template <class X, int MC, int NV = kPlanesVectors<MC>> PlanesTileFn<X> planes_tile_of(int vectors) {
   if constexpr (NV == 1) return planes_tile<X, MC, 1>;
   else return vectors >= NV ? planes_tile<X, MC, NV> : planes_tile_of<X, MC, NV - 1>(vectors);
 }
-template <class X, int MC = kPlanesChannels> PlanesTileFn<X> planes_tile_for(int channels, int vectors) {
+template <class X, int MC = kTileChannels> PlanesTileFn<X> planes_tile_for(int channels, int vectors) {
   if constexpr (MC == 1) return planes_tile_of<X, 1>(vectors);
   else return channels == MC ? planes_tile_of<X, MC>(vectors) : planes_tile_for<X, MC - 1>(channels, vectors);
 }
-template <int MC = kPlanesChannels> int most_vectors(int channels) {
+template <int MC = kTileChannels> int most_vectors(int channels) {
   if constexpr (MC == 1) return kPlanesVectors<1>;
   else return channels == MC ? kPlanesVectors<MC> : most_vectors<MC - 1>(channels);
 }
@@ -94,7 +96,10 @@ template <class S, class X> struct Planes {
   // Forward, neighbouring outputs are a stride apart in the source; going back, a stride apart in the destination.
   int64_t sorted = plan.input_grad ? 1 : p.stride_w, phases = plan.input_grad ? min_of(p.stride_w, dst_w) : 1;
   int64_t row_size = sorted * plan.columns;
-  bool streamed = plan.stream && streamable(a.dst) && (p.layout == Layout::nchw ? dst_w % L == 0 : kLine<S> == L && dst_c % L == 0 && plan.bundle * dst_cg % L == 0);
+  // Rows of a contiguous output are written together where no vector reaches beyond one. What is streamed is whole lines.
+  bool together = p.layout == Layout::nchw && phases == 1 && plan.outputs == dst_w;
+  int64_t in_order = together ? gcd(plan.rows_per_task, dst_h) * dst_w : dst_w;  // values that follow each other
+  bool streamed = plan.stream && streamable(a.dst) && (p.layout == Layout::nchw ? in_order * int64_t(sizeof(S)) % 64 == 0 : kLine<S> == L && dst_c % L == 0 && plan.bundle * dst_cg % L == 0);
 
   Planes(const ConvArgs& args, const Pool& threads) : a(args), pool(threads) {}
 
@@ -106,8 +111,8 @@ template <class S, class X> struct Planes {
     parallel(pool, p.groups * src_cg, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const S* filter = from + i / src_cg * filters_of_group * st.k + i % src_cg * source_stride;
-        for (int64_t first = 0; first < dst_cg; first += kPlanesChannels) {
-          int64_t channels = min_of<int64_t>(kPlanesChannels, dst_cg - first);
+        for (int64_t first = 0; first < dst_cg; first += kTileChannels) {
+          int64_t channels = min_of<int64_t>(kTileChannels, dst_cg - first);
           X* to = weights + (i / src_cg * dst_cg + first) * src_cg * taps + i % src_cg / G * G * taps * channels + i % G;
           for (int64_t tap = 0; tap < taps; ++tap)
             for (int64_t m = 0; m < channels; ++m, to += G) put(to, get(filter + tap / p.s * st.r + tap % p.s * st.s + (first + m) * stride));
@@ -165,18 +170,22 @@ template <class S, class X> struct Planes {
     }
   }
 
-  template <class Finish> void write_row(const T* out, S* to, Finish finish) const {
+  template <class Finish> void write(const T* out, S* to, int64_t values, Finish finish) const {
     if constexpr (sizeof(S) == sizeof(T))
       if (streamed) {
-        for (int64_t j = 0; j < dst_w; j += L) stream(to + j, finish(load(out + j), to + j, L));
+        for (int64_t j = 0; j < values; j += L) stream(to + j, finish(load(out + j), to + j, L));
         return;
       }
-    copy_values(out, to, dst_w, finish);
+    copy_values(out, to, values, finish);
   }
 
   // Rows out[channel][row][phase][plan.outputs] to rows [first, last) of the destination.
   template <class Finish> void emit(const T* out, S* image, int64_t channel, int64_t channels, int64_t first, int64_t last, Finish finish) const {
     int64_t row = phases * plan.outputs, channel_size = plan.rows_per_task * row;
+    if (together) {
+      for (int64_t m = 0; m < channels; ++m) write(out + m * channel_size, image + ((channel + m) * dst_h + first) * dst_w, (last - first) * dst_w, finish);
+      return;
+    }
     for (int64_t i = first; i < last; ++i, out += row) {
       if (phases == 1 && p.layout == Layout::nhwc) {
         transpose_block(out, channel_size, image + i * dst_w * dst_c + channel, dst_c, channels, dst_w, streamed, finish);
@@ -187,7 +196,7 @@ template <class S, class X> struct Planes {
         S* to = image + (nchw ? ((channel + m) * dst_h + i) * dst_w : i * dst_w * dst_c + channel + m);
         int64_t step = nchw ? 1 : dst_c;
         if (phases == 1) {
-          write_row(out + m * channel_size, to, finish);
+          write(out + m * channel_size, to, dst_w, finish);
           continue;
         }
         for (int64_t phase = 0; phase < phases; ++phase)
@@ -220,13 +229,13 @@ template <class S, class X> struct Planes {
         tile.chain = sizeof(T) == 8 ? src_cg : max_of<int64_t>(1, plan.chain / max_of<int64_t>(1, tile.tap_count));
         int64_t of_row = ceil_div(ceil_div(dst_w - phase, phases), L), all = of_row * ceil_div(last - i, phases_h);
         int64_t row_step = (plan.input_grad ? 1 : p.stride_h) * row_size;
-        int64_t tiles = ceil_div(all, most);
+        int64_t tiles = ceil_div(all, most), row = 0, column = 0;
         for (int64_t t = 0; t < tiles; ++t) {
-          int64_t begin = all * t / tiles, count = all * (t + 1) / tiles - begin;
+          int64_t count = all * (t + 1) / tiles - all * t / tiles;
           for (int64_t v = 0; v < count; ++v) {
-            int64_t row = (begin + v) / of_row, column = (begin + v) % of_row * L;
             from[v] = row * row_step + column;
             to[v] = (i - first + row * phases_h) * out_row + phase * plan.outputs + column;
+            if ((column += L) == of_row * L) column = 0, ++row;
           }
           planes_tile_for<X>(int(channels), int(count))(tile);
         }
@@ -257,8 +266,8 @@ template <class S, class X> struct Planes {
           int64_t groups = min_of(plan.bundle, p.groups - group);
           stage(src, group * src_cg, groups * src_cg, source_row(first), planes);
           for (int64_t g = 0; g < groups; ++g)
-            for (int64_t m = 0; m < dst_cg; m += kPlanesChannels)
-              compute(planes + g * src_cg / G * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kPlanesChannels, dst_cg - m), first,
+            for (int64_t m = 0; m < dst_cg; m += kTileChannels)
+              compute(planes + g * src_cg / G * plane, weights + ((group + g) * dst_cg + m) * src_cg * taps, min_of<int64_t>(kTileChannels, dst_cg - m), first,
                       last, out + (g * dst_cg + m) * out_channel, offsets, numbers);
           affine(out, group * dst_cg, groups * dst_cg);
           with_residual<S>(a, [&](auto finish) { emit(out, dst, group * dst_cg, groups * dst_cg, first, last, finish); });
