@@ -96,16 +96,18 @@ template <bool backward, class S> __global__ void __launch_bounds__(kMostThreads
     add(half, last);
   }
 
-  // Sums of the threads of a column, then of the columns of a channel.
+  // Sums of the threads of a column, a few lanes each, then of the columns of a channel.
+  int sharing = 32;
+  while (sharing > groups) sharing /= 2;
 #pragma unroll
   for (int i = 0; i < W; ++i) {
     of_threads[2 * threadIdx.x] = total[0][i], of_threads[2 * threadIdx.x + 1] = total[1][i];
     __syncthreads();
-    if (int(threadIdx.x) < units) {
-      double one = 0, two = 0;
-      for (int g = 0; g < groups; ++g) one += of_threads[2 * (g * units + threadIdx.x)], two += of_threads[2 * (g * units + threadIdx.x) + 1];
-      of_columns[threadIdx.x * W + i] = one, of_columns[columns + threadIdx.x * W + i] = two;
-    }
+    int of = threadIdx.x / sharing, lane = threadIdx.x % sharing;
+    double one = 0, two = 0;
+    for (int g = lane; g < groups && of < units; g += sharing) one += of_threads[2 * (g * units + of)], two += of_threads[2 * (g * units + of) + 1];
+    for (int by = sharing / 2; by > 0; by /= 2) one += __shfl_xor_sync(0xffffffffu, one, by), two += __shfl_xor_sync(0xffffffffu, two, by);
+    if (lane == 0 && of < units) of_columns[of * W + i] = one, of_columns[columns + of * W + i] = two;
     __syncthreads();
   }
   int each = int(b.values), lanes = each == 1 ? 1 : 32;

@@ -18,6 +18,7 @@ namespace convkit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kTogether = 4;  // vectors that a thread asks for before it adds them
 
 // Sums of rows that hold all channels, pixels or images. A block: one piece of the rows, units x W columns of whole
 // channels; a thread W columns of every so many rows.
@@ -40,15 +41,19 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads,
     int64_t bits = (length + 7) / 8 * 8;
     for (int64_t row = first + group; row < last;) {
       T sum[2][W] = {};
-#pragma unroll 4
-      for (int step = 0; step < kChain; ++step, row += groups) {
-        if (row >= last) break;
+      auto add = [&](int64_t of) {
         T out[2][W];
-        int64_t at = row * length + column;
-        terms<what, W>(a, a.x + at, a.grad + at, row * bits + column, k, out);
+        int64_t at = of * length + column;
+        terms<what, W>(a, a.x + at, a.grad + at, of * bits + column, k, out);
 #pragma unroll
         for (int i = 0; i < W; ++i) sum[0][i] += out[0][i], sum[1][i] += out[1][i];
-      }
+      };
+      // Some rows at a time without a branch between them: their loads are on their way together.
+      int step = 0;
+      for (; step < kChain && row + (kTogether - 1) * groups < last; step += kTogether, row += kTogether * groups)
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) add(row + i * groups);
+      for (; step < kChain && row < last; ++step, row += groups) add(row);
 #pragma unroll
       for (int i = 0; i < W; ++i) total[0][i] += double(sum[0][i]), total[1][i] += double(sum[1][i]);
     }
@@ -108,14 +113,17 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
     int64_t row = n * a.c + c, begin = max(int64_t(0), first - n * a.hw), end = min(a.hw, last - n * a.hw);
     for (int64_t j = begin + threadIdx.x * W; j < end;) {
       T sum[2][W] = {};
-#pragma unroll 4
-      for (int step = 0; step < kChain; ++step, j += kThreads * W) {
-        if (j >= end) break;
+      auto add = [&](int64_t of) {
         T out[2][W];
-        terms<what, W>(a, a.x + row * a.hw + j, a.grad + row * a.hw + j, row * bits + j, k, out);
+        terms<what, W>(a, a.x + row * a.hw + of, a.grad + row * a.hw + of, row * bits + of, k, out);
 #pragma unroll
         for (int i = 0; i < W; ++i) sum[0][i] += out[0][i], sum[1][i] += out[1][i];
-      }
+      };
+      int step = 0;
+      for (; step < kChain && j + (kTogether - 1) * kThreads * W < end; step += kTogether, j += kTogether * kThreads * W)
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) add(j + i * kThreads * W);
+      for (; step < kChain && j < end; ++step, j += kThreads * W) add(j);
 #pragma unroll
       for (int i = 0; i < W; ++i) total[0] += double(sum[0][i]), total[1] += double(sum[1][i]);
     }
@@ -131,14 +139,16 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Merges the pieces of a channel: a warp each, lanes take every 32nd piece, then pairs of lanes. The order is fixed.
-template <class S> __global__ void __launch_bounds__(kThreads) merge_moments(Norm<S> a) {
+// Merges the pieces of a channel: some warps each, lanes take every so manieth piece, then pairs of lanes, then the warps.
+// The order is fixed.
+template <class S> __global__ void __launch_bounds__(kThreads) merge_moments(Norm<S> a, int warps) {
   using T = compute_t<S>;
-  int64_t c = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  int lane = threadIdx.x % 32;
+  Moments* shared = reinterpret_cast<Moments*>(dynamic_shared());  // of the block's warps
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, of_channel = warp % warps;
+  int64_t c = int64_t(blockIdx.x) * (kThreads / 32 / warps) + warp / warps;
   Moments all;
   if (c < a.c)
-    for (int64_t piece = lane; piece < a.plan.pieces; piece += 32) {
+    for (int64_t piece = of_channel * 32 + lane; piece < a.plan.pieces; piece += 32 * warps) {
       double n = double(min(a.plan.piece_steps, a.plan.steps - piece * a.plan.piece_steps)) * double(a.plan.values);
       const double* p = a.partial + piece * 2 * a.c + c;
       all.add(n, p[0], p[a.c], p[0] * n);
@@ -148,7 +158,13 @@ template <class S> __global__ void __launch_bounds__(kThreads) merge_moments(Nor
     double m2_n = __shfl_down_sync(0xffffffffu, all.m2, unsigned(by)), plain_n = __shfl_down_sync(0xffffffffu, all.plain, unsigned(by));
     if (lane < by) all.add(n, mean_n, m2_n, plain_n);
   }
-  if (lane != 0 || c >= a.c) return;
+  if (lane == 0) shared[warp] = all;
+  __syncthreads();
+  if (lane != 0 || of_channel != 0 || c >= a.c) return;
+  for (int i = 1; i < warps; ++i) {
+    const Moments& next = shared[warp + i];
+    all.add(next.count, next.mean, next.m2, next.plain);
+  }
   a.mean[c] = T(all.final_mean());
   a.var[c] = T(all.m2 / all.count);
 }
@@ -255,10 +271,11 @@ template <bool backward, class S> __global__ void __launch_bounds__(kThreads) ap
   }
 }
 
-template <class S> __global__ void __launch_bounds__(kThreads) update_running(S* running, int64_t stride, const double* batch, int64_t c, double momentum, double factor) {
+template <class S, class T>
+__global__ void __launch_bounds__(kThreads) update_running(S* running, int64_t stride, const T* batch, int64_t c, double momentum, double factor) {
   int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= c) return;
-  double v = (1 - momentum) * double(widen(running[i * stride])) + momentum * batch[i] * factor;
+  double v = (1 - momentum) * double(widen(running[i * stride])) + momentum * double(batch[i]) * factor;
   if constexpr (sizeof(S) == 2) running[i * stride] = narrow<S>(float(v));
   else running[i * stride] = S(v);
 }
@@ -317,7 +334,10 @@ void batch_norm_relu(const BatchNormArgs& b, const CudaChannelPlan& plan, Stream
     Norm<S> a = norm_of<S>(b, plan);
     if (a.training) {
       run_sums<Sums::moments>(a, stream);
-      run_small("merge_moments", merge_moments<S>, a, kThreads / 32, stream);
+      int warps = 1;
+      while (warps < kThreads / 32 && warps * 64 < a.plan.pieces) warps *= 2;
+      int channels = kThreads / 32 / warps;
+      launch("merge_moments", merge_moments<S>, {grid_of(ceil_div(a.c, channels)), dim3(kThreads), kThreads / 32 * int64_t(sizeof(Moments)), stream}, a, warps);
     }
     run_small("prepare", prepare<S>, a, kThreads, stream);
     run_apply<false>(a, stream);
@@ -349,10 +369,15 @@ void channel_sum(const ChannelShape& s, const CudaChannelPlan& plan, const void*
 }
 
 void update_running_statistics(const RunningStatistics& a, Stream stream) {
-  auto update = [&](DType t, void* running, int64_t stride, const double* batch, double factor) {
+  auto update = [&](DType t, void* running, int64_t stride, const void* batch, double factor) {
     with_type(t, [&](auto tag) {
       using S = typename decltype(tag)::type;
-      launch("update_running", update_running<S>, {grid_of(ceil_div(a.c, kThreads)), dim3(kThreads), 0, stream}, static_cast<S*>(running), stride, batch, a.c, a.momentum, factor);
+      auto from = [&](auto* values) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
+        launch("update_running", update_running<S, T>, {grid_of(ceil_div(a.c, kThreads)), dim3(kThreads), 0, stream}, static_cast<S*>(running), stride, values, a.c, a.momentum, factor);
+      };
+      if (a.batch_dtype == DType::f64) from(static_cast<const double*>(batch));
+      else from(static_cast<const float*>(batch));
     });
   };
   update(a.mean_dtype, a.running_mean, a.mean_stride, a.mean, 1);

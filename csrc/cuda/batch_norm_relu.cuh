@@ -26,8 +26,10 @@ template <class S> struct Norm {
   T* values;  // [5][c]: mean, alpha, beta, mean of the gradient, its slope
 };
 
-// What is computed before the ReLU, in forward and backward alike: the mask is this value's sign.
-template <class T> __device__ __forceinline__ T normalise(T x, T mean, T alpha, T beta) { return (x - mean) * alpha + beta; }
+// What is computed before the ReLU, in forward and backward alike: the mask is this value's sign, so the compiler must not
+// round it in two ways.
+__device__ __forceinline__ float normalise(float x, float mean, float alpha, float beta) { return fmaf(x - mean, alpha, beta); }
+__device__ __forceinline__ double normalise(double x, double mean, double alpha, double beta) { return fma(x - mean, alpha, beta); }
 
 // W elements, by 16-byte accesses if there are 8.
 template <int W, class S> __device__ __forceinline__ void load(const S* from, compute_t<S> (&to)[W]) {
@@ -113,9 +115,9 @@ struct Moments {
       count = n, mean = mean_n, m2 = m2_n;
       return;
     }
-    double all = count + n, delta = mean_n - mean;
-    mean += delta * n / all;
-    m2 += m2_n + delta * delta * count * n / all;
+    double all = count + n, delta = mean_n - mean, part = n / all;
+    mean += delta * part;
+    m2 += m2_n + delta * delta * count * part;
     count = all;
   }
   // Differences of infinite means are NaN, the mean itself is infinite: as PyTorch's running mean is then.

@@ -102,6 +102,39 @@ struct FastDiv {
 // A grid of one dimension that may be asked for more blocks than it can have: kernels take them in steps of gridDim.x.
 inline dim3 grid_of(int64_t blocks) { return dim3(unsigned(blocks < INT32_MAX ? (blocks > 0 ? blocks : 1) : INT32_MAX)); }
 
+// Weight gradients in splits, the second stage: sums of `splits` values, `step` apart. A block has kSumThreads / parts outputs,
+// neighbours beside each other; of each, `parts` threads take a run of the splits, and the runs are added in order.
+constexpr int kSumThreads = 256;
+struct SplitSum {
+  int parts;  // a power of two
+
+  explicit SplitSum(int64_t splits) : parts(1) {
+    while (parts < 16 && splits >= 16 * parts) parts *= 2;
+  }
+  Launch launch_of(int64_t outputs, cudaStream_t stream) const {
+    return {grid_of(ceil_div(outputs, kSumThreads / parts)), dim3(kSumThreads), kSumThreads * int64_t(sizeof(double)), stream};
+  }
+  // The output of this thread, and whether it is the one that has its sum.
+  __device__ __forceinline__ int64_t output() const { return int64_t(blockIdx.x) * (kSumThreads / parts) + threadIdx.x % (kSumThreads / parts); }
+  __device__ __forceinline__ bool writes() const { return int(threadIdx.x) < kSumThreads / parts; }
+  // For all threads of the block; `from` may be null.
+  template <class T> __device__ __forceinline__ double sum(const T* from, int64_t step, int64_t splits) const {
+    double* shared = reinterpret_cast<double*>(dynamic_shared());
+    int outputs = kSumThreads / parts, part = threadIdx.x / outputs;
+    double total = 0;
+    if (from != nullptr) {
+      int64_t last = splits * (part + 1) / parts;
+#pragma unroll 8
+      for (int64_t split = splits * part / parts; split < last; ++split) total += double(from[split * step]);
+    }
+    shared[threadIdx.x] = total;
+    __syncthreads();
+    if (writes())
+      for (int i = 1; i < parts; ++i) total += shared[threadIdx.x + i * outputs];
+    return total;
+  }
+};
+
 // Sum over the lanes of a warp, in a fixed order; every lane gets it.
 template <class T> __device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll

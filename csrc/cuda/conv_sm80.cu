@@ -13,13 +13,15 @@
 // multiples of 16 bytes. That reads and writes an image once more; gathered in the kernel its 16-bit elements, which no
 // cp.async can move alone, would take 16 times the load instructions (a thread 64 a step, beside 64 matrix products of
 // its warp), and again for each tap.
+#include <algorithm>
+
 #include "conv_sm80.cuh"
 
 namespace convkit::cuda {
 
 namespace {
 
-constexpr int kPackThreads = 256, kPackPitch = 33;
+constexpr int kPackThreads = 256, kPackPitch = 33, kPackBlocks = 256;
 
 // One dense product, with r x s taps.
 struct Phase : Grid {
@@ -170,8 +172,8 @@ struct Packing {
   Phase phase[kTensorPhases];
 };
 
-// (group, column, depth as above) of each phase; 32 columns x 32 of the depth a block, all taps, which lie together in a
-// contiguous weight: that line of memory is found in the cache by the next tap.
+// (group, column, depth as above) of each phase; 32 columns x 32 of the depth a block, and every gridDim.y-th tap. Taps lie
+// together in a contiguous weight: that line of memory is found in the cache by the next.
 template <class S> __global__ void __launch_bounds__(kPackThreads, 3) pack_kernel(const __grid_constant__ Packing a) {
   S* staged = reinterpret_cast<S*>(dynamic_shared());  // [depth][column]
   unsigned block = blockIdx.x;
@@ -187,7 +189,7 @@ template <class S> __global__ void __launch_bounds__(kPackThreads, 3) pack_kerne
   S* packed = static_cast<S*>(a.packed) + phase.weight + int64_t(group) * a.columns * phase.pitch;
   bool columns_first = along_columns < along_depth;
 #pragma unroll 1
-  for (int tap = 0; tap < phase.r * phase.s; ++tap) {
+  for (int tap = int(blockIdx.y); tap < phase.r * phase.s; tap += int(gridDim.y)) {
     const S* of_tap = weight + (phase.tap_h + tap / phase.s * phase.each_h) * a.strides.r + (phase.tap_w + tap % phase.s * phase.each_w) * a.strides.s;
     for (int i = slow; i < 32; i += kPackThreads / 32) {
       int column = columns_first ? fast : i, d = columns_first ? i : fast;
@@ -202,7 +204,7 @@ template <class S> __global__ void __launch_bounds__(kPackThreads, 3) pack_kerne
   }
   // What the pitch has more than the taps take.
   int rest = phase.r * phase.s * a.channels;
-  if (depth0 == 0 && rest + fast < phase.pitch)
+  if (depth0 == 0 && blockIdx.y == 0 && rest + fast < phase.pitch)
     for (int i = slow; i < 32; i += kPackThreads / 32)
       if (column0 + i < a.columns) packed[int64_t(column0 + i) * phase.pitch + rest + fast] = narrow<S>(0);
 }
@@ -291,7 +293,9 @@ void conv_sm80(const ConvArgs& args, const CudaConvPlan& plan, Pass pass, Stream
       Packing k{args.weight, args.weight_strides, forward, g.blocked, C::depth, g.columns, int((forward ? p.c : p.k) / p.groups), g.channels, 0, 0, g.groups, workspace + t.weight_offset, {}};
       for (int i = 0; i < phases; ++i) k.phase[i] = g.phase[i];
       k.column_tiles = int(ceil_div(k.columns, 32)), k.depth_tiles = int(ceil_div(k.channels, 32));
-      launch("pack", pack_kernel<S>, {dim3(unsigned(k.column_tiles) * k.depth_tiles * g.groups * phases), dim3(kPackThreads), 32 * kPackPitch * int64_t(sizeof(S)), stream}, k);
+      // A block waits for memory at each of its taps: few blocks take fewer.
+      unsigned blocks = unsigned(k.column_tiles) * k.depth_tiles * g.groups * phases, parts = unsigned(std::clamp<int64_t>(kPackBlocks / blocks, 1, p.r * p.s));
+      launch("pack", pack_kernel<S>, {dim3(blocks, parts), dim3(kPackThreads), 32 * kPackPitch * int64_t(sizeof(S)), stream}, k);
       g.weight = k.packed;
     }
     g.row_tiles = int(ceil_div(most_rows, C::rows)), g.column_tiles = int(ceil_div(g.columns, C::columns));

@@ -272,31 +272,26 @@ template <class C, bool residual> __device__ __forceinline__ void store_tile(con
         }
     }
   // Calls f(staged, place in dst, whether that exists, whole) for this lane's chunks of 16 rows: V neighbours, channels of a
-  // pixel or pixels of a channel, if whole, else for each of them.
+  // pixel or pixels of a channel, if whole, else one element, beside those of the next lanes.
   auto each_chunk = [&](int i, S* staged, auto&& f) {
-    constexpr int across = C::warp_columns / V, down = 16 / V;
+    auto visit = [&](auto whole) {
+      constexpr int N = decltype(whole)::value ? V : 1, across = C::warp_columns / N, down = 16 / N;
 #pragma unroll 1
-    for (int at = lane; at < 16 * across; at += 32) {
-      int row = e.nhwc ? at / across : at % down * V, column = e.nhwc ? at % across * V : at / down;
-      S* chunk = staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row);
-      int m = row0 + i * 16 + row, k = column0 + column;
-      auto exists = [&](int position, int filter) { return position < grid.rows && filter < columns; };
-      auto place = [&](int position, int filter) -> int64_t {
-        if (!exists(position, filter)) return 0;
-        uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(position), x), y);
-        int64_t dst_y = grid.dst_h + int64_t(y) * e.step_h, dst_x = grid.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
-        return e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
-      };
-      if (e.vectors) {
-        f(chunk, place(m, k), exists(m, k), std::true_type{});
-      } else {
-#pragma unroll 1
-        for (int v = 0; v < V; ++v) {
-          int position = e.nhwc ? m : m + v, filter = e.nhwc ? k + v : k;
-          f(chunk + v, place(position, filter), exists(position, filter), std::false_type{});
+      for (int at = lane; at < 16 * across; at += 32) {
+        int row = e.nhwc ? at / across : at % down * N, column = e.nhwc ? at % across * N : at / down;
+        int position = row0 + i * 16 + row, filter = column0 + column;
+        bool exists = position < grid.rows && filter < columns;
+        int64_t place = 0;
+        if (exists) {
+          uint32_t x, y, n = grid.by_h.divmod(grid.by_w.divmod(uint32_t(position), x), y);
+          int64_t dst_y = grid.dst_h + int64_t(y) * e.step_h, dst_x = grid.dst_w + int64_t(x) * e.step_w, channel = channel0 + filter;
+          place = e.nhwc ? ((n * e.h + dst_y) * e.w + dst_x) * e.channels + channel : ((n * e.channels + channel) * e.h + dst_y) * e.w + dst_x;
         }
+        f(staged + (e.nhwc ? row * wide_pitch + column : column * tall_pitch + row), place, exists, whole);
       }
-    }
+    };
+    if (e.vectors) visit(std::true_type{});
+    else visit(std::false_type{});
   };
   auto staged_of = [&](int i) { return reinterpret_cast<S*>(area + i % parts * bytes); };
   [[maybe_unused]] auto fetch = [&](int i) {

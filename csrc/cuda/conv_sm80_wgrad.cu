@@ -7,8 +7,6 @@ namespace convkit::cuda {
 
 namespace {
 
-constexpr int kSumThreads = 256;
-
 struct WeightGradArgs {
   const void *grad, *x;
   float* partial;                  // (split, filter, pitch)
@@ -119,14 +117,11 @@ struct Sums {
   FastDiv by_columns, by_channels, by_s;
 };
 
-template <class S> __global__ void __launch_bounds__(kSumThreads) add_splits(Sums p) {
-  uint32_t i = blockIdx.x * kSumThreads + threadIdx.x, column, c, s;
-  if (i >= p.count) return;
+template <class S> __global__ void __launch_bounds__(kSumThreads) add_splits(Sums p, SplitSum of) {
+  uint32_t i = uint32_t(of.output()), column, c, s;
   uint32_t k = p.by_columns.divmod(i, column), tap = p.by_channels.divmod(column, c), r = p.by_s.divmod(tap, s);
-  const float* from = p.partial + k * p.pitch + tap * p.padded + c;
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t split = 0; split < p.splits; ++split) sum += double(from[split * p.filters * p.pitch]);
+  double sum = of.sum(i < p.count ? p.partial + k * p.pitch + tap * p.padded + c : nullptr, p.filters * p.pitch, p.splits);
+  if (i >= p.count || !of.writes()) return;
   static_cast<S*>(p.dst)[k * p.strides.k + c * p.strides.c + r * p.strides.r + s * p.strides.s] = narrow<S>(float(sum));
 }
 
@@ -159,7 +154,8 @@ void conv_sm80_wgrad(const ConvArgs& args, const CudaConvPlan& plan, Stream stre
     launch("conv_sm80_wgrad", product<WeightGrad<C, granule()>>, how, g);
     int64_t channels = p.c / p.groups, columns = channels * p.r * p.s;
     Sums sums{g.partial, args.dst, args.weight_strides, p.k, t.x_channels, t.weight_pitch, plan.splits, uint32_t(p.k * columns), FastDiv(columns), FastDiv(channels), FastDiv(p.s)};
-    launch("add_splits", add_splits<S>, {dim3(unsigned(ceil_div(sums.count, kSumThreads))), dim3(kSumThreads), 0, stream}, sums);
+    SplitSum of(plan.splits);
+    launch("add_splits", add_splits<S>, of.launch_of(sums.count, stream), sums, of);
   });
 }
 

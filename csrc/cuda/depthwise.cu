@@ -30,14 +30,27 @@ struct Tile {
   bool flip, relu;
 };
 
-// The filter of `channels` channels, as [tap][channel] in the arithmetic's type, zero beyond the last channel.
-template <class S, int R> __device__ void stage_taps(const Tile& a, int64_t first, int channels, compute_t<S>* to) {
-  for (int i = threadIdx.x; i < R * R * channels; i += blockDim.x) {
-    int tap = i / channels;
-    int64_t k = first + i % channels;
+// The filter of `lanes` vectors of channels, zero beyond the last channel, in the arithmetic's type: [tap][16 bytes of a
+// vector's values][lane], so that neighbouring lanes read what lies side by side.
+template <class S, int R> __device__ void stage_taps(const Tile& a, int64_t first, int lanes, compute_t<S>* to) {
+  constexpr int V = kVec<S>, per = kVec<compute_t<S>>;
+  for (int i = threadIdx.x; i < R * R * lanes * V; i += blockDim.x) {
+    int of_lane = i / per % lanes, part = i / per / lanes % (V / per), tap = i / (lanes * V);
+    int64_t k = first + of_lane * V + part * per + i % per;
     int r = tap / R, s = tap % R;
     if (a.flip) r = R - 1 - r, s = R - 1 - s;
     to[i] = k < a.c ? widen(static_cast<const S*>(a.weight)[k * a.strides.k + r * a.strides.r + s * a.strides.s]) : compute_t<S>(0);
+  }
+}
+
+// What a lane needs of a tap staged so.
+template <class T, int V> __device__ __forceinline__ void load_staged(const T* tap, int lanes, int lane, T (&to)[V]) {
+  constexpr int per = kVec<T>;
+#pragma unroll
+  for (int i = 0; i < V; i += per) {
+    Vec<T> v = *reinterpret_cast<const Vec<T>*>(tap + i * lanes + lane * per);
+#pragma unroll
+    for (int j = 0; j < per; ++j) to[i + j] = v.of[j];
   }
 }
 
@@ -82,7 +95,7 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
   stage_pixels(static_cast<const S*>(a.src) + n * int64_t(a.src_h) * a.src_w * a.c, a.src_h, a.src_w, a.c, source_begin<R, mode>(y0, a.pad_top), source_begin<R, mode>(x0, a.pad_left), c0,
                p.in_rows, p.in_pitch, lanes_log2, by_pitch, tile);
   ptx::copy_async_commit();
-  stage_taps<S, R>(a, c0, p.lanes * V, taps);
+  stage_taps<S, R>(a, c0, p.lanes, taps);
   ptx::copy_async_wait<0>();
   __syncthreads();
 
@@ -93,7 +106,7 @@ __global__ void __launch_bounds__(threads, blocks) depthwise_nhwc(Tile a, Depthw
     const S* from = tile + (((source_row * p.in_pitch + first_column) << lanes_log2) + lane) * V;
     T w[R][V];
 #pragma unroll
-    for (int s = 0; s < R; ++s) load_values(taps + ((r * R + s) * p.lanes + lane) * V, w[s]);
+    for (int s = 0; s < R; ++s) load_staged(taps + (r * R + s) * p.lanes * V, p.lanes, lane, w[s]);
     constexpr int columns = mode == Mode::grad2 ? (R - 1) / 2 + (TW - 1) / 2 + 1 : (TW - 1) * U + R;
 #pragma unroll
     for (int j = 0; j < columns; ++j) {
@@ -554,14 +567,13 @@ template <class S, bool nhwc> __global__ void __launch_bounds__(256) depthwise_g
 }
 
 // The second stage: partial sums [split][tap][k] in the order of the splits.
-template <class S> __global__ void __launch_bounds__(256) depthwise_wgrad_sum(const compute_t<S>* partial, S* dst, WeightStrides strides, int64_t k, int64_t r, int64_t s, int64_t splits) {
-  int64_t total = k * r * s;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += int64_t(gridDim.x) * blockDim.x) {
-    double sum = 0;
-    for (int64_t split = 0; split < splits; ++split) sum += double(partial[split * total + i]);
-    int64_t tap = i / k;
-    dst[i % k * strides.k + tap / s * strides.r + tap % s * strides.s] = narrow<S>(compute_t<S>(sum));
-  }
+template <class S>
+__global__ void __launch_bounds__(kSumThreads) depthwise_wgrad_sum(const compute_t<S>* partial, S* dst, WeightStrides strides, int64_t k, int64_t r, int64_t s, int64_t splits, SplitSum of) {
+  int64_t total = k * r * s, i = of.output();
+  double sum = of.sum(i < total ? partial + i : nullptr, total, splits);
+  if (i >= total || !of.writes()) return;
+  int64_t tap = i / k;
+  dst[i % k * strides.k + tap / s * strides.r + tap % s * strides.s] = narrow<S>(compute_t<S>(sum));
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------------
@@ -645,8 +657,9 @@ template <class S> void run_weight_grad(const ConvArgs& a, const CudaConvPlan& p
       else with_stride(std::integral_constant<int, 2>{});
     });
   }
-  launch("depthwise_wgrad_sum", depthwise_wgrad_sum<S>, {grid_of(ceil_div(p.k * p.r * p.s, 256)), dim3(256), 0, stream}, static_cast<const compute_t<S>*>(a.workspace),
-         static_cast<S*>(a.dst), a.weight_strides, p.k, p.r, p.s, plan.splits);
+  SplitSum of(plan.splits);
+  launch("depthwise_wgrad_sum", depthwise_wgrad_sum<S>, of.launch_of(p.k * p.r * p.s, stream), static_cast<const compute_t<S>*>(a.workspace), static_cast<S*>(a.dst), a.weight_strides,
+         p.k, p.r, p.s, plan.splits, of);
 }
 
 template <class S> void run_generic(const ConvArgs& a, Pass pass, Stream stream) {

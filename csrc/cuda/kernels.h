@@ -21,12 +21,13 @@ void channel_sum(const ChannelShape&, const CudaChannelPlan&, const void* src, v
 void batch_norm_relu(const BatchNormArgs&, const CudaChannelPlan&, Stream);
 void batch_norm_relu_grad(const BatchNormArgs&, const CudaChannelPlan&, Stream);
 
-// running = (1 - momentum) * running + momentum * (mean, or var * unbias), in double. Strides in elements.
+// running = (1 - momentum) * running + momentum * (mean, or var * unbias), in double. Strides in elements; mean and var are
+// f32 or f64.
 struct RunningStatistics {
   int64_t c;
   double momentum, unbias;
-  const double *mean, *var;
-  DType mean_dtype;
+  const void *mean, *var;
+  DType batch_dtype, mean_dtype;
   void* running_mean;
   int64_t mean_stride;
   DType var_dtype;

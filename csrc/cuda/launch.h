@@ -54,9 +54,14 @@ template <class... P, class... A> void launch(const char* name, void (*kernel)(P
                              std::to_string(how.grid.y) + " x " + std::to_string(how.grid.z) + ", " + std::to_string(how.block.x) + " threads, " +
                              std::to_string(how.shared_bytes) + " bytes of shared memory)");
   };
-  // More than 48 KiB have to be asked for; a property of the function, set anew each time because devices differ.
-  if (how.shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes)));
+  // More than 48 KiB have to be asked for. This is a property of the function on the device, which other threads launch at the
+  // same time with more or less: all ask for as much as there is.
+  if (how.shared_bytes > 48 << 10) {
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  }
   with_config(how, [&](const cudaLaunchConfig_t& config) { check(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...)); });
 }
 #endif

@@ -32,6 +32,12 @@ Tensor per_channel(const char* op, const char* arg, const OptionalTensor& t, con
   return t->to(wide).contiguous();
 }
 
+// Room for a result a channel, which the kernels write if there is anything to sum: zeros if not.
+Tensor new_channels(int64_t count, const at::TensorOptions& options, const Tensor& summed) {
+  auto contiguous = options.memory_format(at::MemoryFormat::Contiguous);
+  return summed.numel() == 0 ? at::zeros({count}, contiguous) : gpu::fresh(at::empty({count}, contiguous));
+}
+
 #if defined(CONVKIT_GPU)
 // Calls launch(plan, workspace, stream) for work on the channels of `like`; `touched`: all that must be aligned for vectors.
 template <class Launch>
@@ -78,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, 
   gpu::Scope scope(input);
   auto wide = input.options().dtype(compute_type(input.scalar_type()));
   // Never an input itself: an operator's results may not share memory with its arguments.
-  Tensor m = training ? at::zeros({input.size(1)}, wide) : per_channel(op, "mean", mean, input).clone();
-  Tensor v = training ? at::zeros({input.size(1)}, wide) : per_channel(op, "var", var, input).clone();
+  Tensor m = training ? new_channels(input.size(1), wide, input) : per_channel(op, "mean", mean, input).clone();
+  Tensor v = training ? new_channels(input.size(1), wide, input) : per_channel(op, "var", var, input).clone();
   Tensor out = new_tensor(input.sizes(), input, channels_last);
   Tensor mask = at::empty({save_mask ? mask_bytes(input, channels_last) : 0}, input.options().dtype(at::kByte));
   if (input.numel() == 0) return {out, m, v, mask};
@@ -132,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_grad(const Tensor& gr
   auto wide = input.options().dtype(compute_type(input.scalar_type()));
   auto like = [&](bool wanted) { return wanted ? new_tensor(input.sizes(), input, channels_last) : at::empty({0}, input.options()); };
   Tensor grad_input = like(output_mask[0]), grad_residual = like(output_mask[1]);
-  Tensor grad_weight = at::zeros({output_mask[2] ? input.size(1) : 0}, wide), grad_bias = at::zeros({output_mask[3] ? input.size(1) : 0}, wide);
+  Tensor grad_weight = new_channels(output_mask[2] ? input.size(1) : 0, wide, input), grad_bias = new_channels(output_mask[3] ? input.size(1) : 0, wide, input);
   if (input.numel() != 0) {
     Tensor g = grad.contiguous(format(channels_last)), x = input.contiguous(format(channels_last));
     BatchNormArgs args{};
@@ -182,8 +188,9 @@ void update_running_stats_(Tensor& running_mean, Tensor& running_var, const Tens
     for (const Tensor& t : {running_var, mean, var}) check_dense(op, "running statistics", t, running_mean);
     gpu::Scope scope(running_mean);
     gpu::facts(op, running_mean);
-    Tensor m = mean.to(at::kDouble).contiguous(), v = var.to(at::kDouble).contiguous();
-    cuda::RunningStatistics args{mean.size(0), momentum, count > 1 ? double(count) / double(count - 1) : 1.0, static_cast<const double*>(in("the mean", m)), static_cast<const double*>(in("the variance", v)),
+    at::ScalarType wide = mean.scalar_type() == at::kDouble || var.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    Tensor m = mean.to(wide).contiguous(), v = var.to(wide).contiguous();
+    cuda::RunningStatistics args{mean.size(0), momentum, count > 1 ? double(count) / double(count - 1) : 1.0, in("the mean", m), in("the variance", v), dtype_of(op, "mean", m),
                                  dtype_of(op, "running_mean", running_mean), out("running_mean", running_mean), running_mean.stride(0),
                                  dtype_of(op, "running_var", running_var), out("running_var", running_var), running_var.stride(0)};
     cuda::update_running_statistics(args, gpu::stream(running_mean));
@@ -208,7 +215,7 @@ Tensor channel_sum(const Tensor& grad) {
   check_4d(op, "grad", grad);
   check_dense(op, "grad", grad, grad);
   DType dtype = dtype_of(op, "grad", grad);
-  Tensor out = at::zeros({grad.size(1)}, grad.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = new_channels(grad.size(1), grad.options(), grad);
   if (grad.numel() == 0) return out;
   gpu::Scope scope(grad);
   bool channels_last = is_channels_last(grad);

@@ -46,6 +46,7 @@ def conv(text: str, generator=None, dtype: str = "f32", layout: str = "nhwc", **
         "n1c8h80w82k8r7s7p3g8",
         "n1c8h31w50k8r7s7u2p3x2g8",
         "n1c8h20w20k8r5s5p7g8",
+        "n9c8h33w35k8r3s3p1g8",
         "n2c8h2w3k8r5s5u2p2g8",
         "n1c8h1w300k8r3s3u2p1g8",
         "n1c3h300w9k3r7s7p3g3",
