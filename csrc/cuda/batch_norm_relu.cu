@@ -139,7 +139,7 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Merges the pieces of a channel: some warps each, lanes take every so manieth piece, then pairs of lanes, then the warps.
+// Merges the pieces of a channel: lanes of some warps take them in turn, then come pairs of lanes, then the warps.
 // The order is fixed.
 template <class S> __global__ void __launch_bounds__(kThreads) merge_moments(Norm<S> a, int warps) {
   using T = compute_t<S>;
