@@ -41,6 +41,7 @@ bool plan_nhwc(const ConvProblem& a, Pass pass, const DeviceFacts& f, DepthwiseN
   for (int64_t lanes = 1; lanes <= std::min<int64_t>(32, next_power(vectors)); lanes *= 2)
     for (int64_t strips = 1; strips <= threads / lanes; strips *= 2) {
       int64_t rows = threads / lanes / strips, columns = strips * strip;
+      if (!forward && rows % 2 != 0) continue;  // the gradient's tiles begin at rows of one phase
       int64_t in_rows = forward ? (rows - 1) * U + R : (rows - 1) / 2 + (R - 1) / 2 + 1;
       int64_t in_pitch = (forward ? (columns - 1) * U + R : (columns - 1) / 2 + (R - 1) / 2 + 1) | 1;
       int64_t shared = in_rows * in_pitch * lanes * 16 + R * R * lanes * V * compute_bytes(a.dtype);

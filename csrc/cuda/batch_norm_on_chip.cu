@@ -184,7 +184,7 @@ int largest_cluster(const DeviceFacts& f) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(f.shared_bytes_per_block)) == cudaSuccess) {
     for (int cluster = 8; cluster > 1 && found == 1; cluster /= 2) {  // 8: the most that needs no permission
       int clusters = 0;
-      with_config({dim3(unsigned(cluster)), dim3(kMostThreads), f.shared_bytes_per_block, nullptr, unsigned(cluster)}, [&](const cudaLaunchConfig_t& config) {
+      with_launch_config({dim3(unsigned(cluster)), dim3(kMostThreads), f.shared_bytes_per_block, nullptr, unsigned(cluster)}, [&](const cudaLaunchConfig_t& config) {
         if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) found = cluster;
       });
     }

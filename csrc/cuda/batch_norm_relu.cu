@@ -24,7 +24,7 @@ constexpr int kTogether = 4;  // vectors that a thread asks for before it adds t
 // channels; a thread W columns of every so many rows.
 template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads, 2) sums_by_columns(Norm<S> a, int units) {
   using T = compute_t<S>;
-  double* shared = reinterpret_cast<double*>(dynamic_shared());  // [group][2][units * W]
+  double* shared = reinterpret_cast<double*>(dynamic_shared());  // [group][2][W][units], side by side for neighbours
   int groups = kThreads / units, unit = threadIdx.x % units, group = threadIdx.x / units, columns = units * W;
   int64_t length = a.plan.length, values = a.plan.values, column = int64_t(blockIdx.x) * columns + unit * W, piece = blockIdx.y;
   int64_t first = piece * a.plan.piece_steps, last = min(a.plan.rows, first + a.plan.piece_steps);
@@ -61,8 +61,8 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads,
   if (group < groups) {
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      shared[(group * 2 + 0) * columns + unit * W + i] = total[0][i];
-      shared[(group * 2 + 1) * columns + unit * W + i] = total[1][i];
+      shared[(group * 2 + 0) * columns + i * units + unit] = total[0][i];
+      shared[(group * 2 + 1) * columns + i * units + unit] = total[1][i];
     }
   }
   __syncthreads();
@@ -74,10 +74,11 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads,
   int64_t first_channel = int64_t(blockIdx.x) * columns / values;
   if (values == 1) {
     for (int i = threadIdx.x; i < columns; i += kThreads) {
-      if (first_channel + i >= a.c) continue;
+      int64_t channel = first_channel + i % units * W + i / units;
+      if (channel >= a.c) continue;
       double first_sum = 0, second = 0;
       for (int g = 0; g < groups; ++g) first_sum += shared[g * 2 * columns + i], second += shared[(g * 2 + 1) * columns + i];
-      leave(first_channel + i, first_sum, second);
+      leave(channel, first_sum, second);
     }
     return;
   }
@@ -85,7 +86,8 @@ template <Sums what, int W, class S> __global__ void __launch_bounds__(kThreads,
   for (int channel = threadIdx.x / 32; channel < columns / each && first_channel + channel < a.c; channel += kThreads / 32) {
     double first_sum = 0, second = 0;
     for (int j = threadIdx.x % 32; j < groups * each; j += 32) {
-      const double* from = shared + j / each * 2 * columns + channel * each + j % each;
+      int at = channel * each + j % each;
+      const double* from = shared + j / each * 2 * columns + at % W * units + at / W;
       first_sum += from[0], second += from[columns];
     }
     first_sum = warp_sum(first_sum), second = warp_sum(second);

@@ -362,6 +362,8 @@ template <class F> void with_config(DType dtype, const TensorPlan& plan, F&& f) 
         if constexpr (tile == 2 || tile == 4)
           if (plan.granules) return f(TensorConfig<S, exact, tile>{}, std::integral_constant<int, granule>{});
         return f(TensorConfig<S, exact, tile>{}, std::integral_constant<int, 16>{});
+      } else {
+        throw std::runtime_error("convkit: conv_sm80: the plan is of a tile that is not compiled");
       }
     };
     switch (plan.tile) {

@@ -28,7 +28,7 @@ template <class... P, class... A> void launch(const char*, void (*kernel)(P...),
 }
 #else
 // Calls f with the same in the runtime's words.
-template <class F> void with_config(const Launch& how, F&& f) {
+template <class F> void with_launch_config(const Launch& how, F&& f) {
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = how.block;
@@ -62,7 +62,7 @@ template <class... P, class... A> void launch(const char* name, void (*kernel)(P
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   }
-  with_config(how, [&](const cudaLaunchConfig_t& config) { check(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...)); });
+  with_launch_config(how, [&](const cudaLaunchConfig_t& config) { check(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...)); });
 }
 #endif
 
